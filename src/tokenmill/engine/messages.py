@@ -1,0 +1,106 @@
+"""What travels between the engine process and its client, as msgpack. One tagged union in each direction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.events import Event
+from tokenmill.types import EngineOutput, EngineRequest, EngineStats, ErrorInfo
+
+__all__ = [
+    "Abort",
+    "Add",
+    "AskEvents",
+    "Command",
+    "Events",
+    "Failed",
+    "Loading",
+    "Ready",
+    "Refused",
+    "Report",
+    "Start",
+    "Step",
+    "Stop",
+]
+
+
+class Start(msgspec.Struct, frozen=True, tag=True):
+    """First message: what to serve."""
+
+    config: EngineConfig
+
+
+class Add(msgspec.Struct, frozen=True, tag=True):
+    """Take this request."""
+
+    request: EngineRequest
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Give these requests up."""
+
+    request_ids: list[str]
+
+
+class AskEvents(msgspec.Struct, frozen=True, tag=True):
+    """Report the events of one request, or all that are kept when the id is empty."""
+
+    request_id: str
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """End the process now."""
+
+
+Command = Start | Add | Abort | AskEvents | Stop
+
+
+class Loading(msgspec.Struct, frozen=True, tag=True):
+    """Weights loaded so far, in bytes."""
+
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The model is loaded."""
+
+    stats: EngineStats
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The engine could not start. `kind` is the class of the error."""
+
+    kind: str
+    error: ErrorInfo
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """A request was not taken."""
+
+    request_id: str
+    error: ErrorInfo
+
+
+class Step(msgspec.Struct, frozen=True, tag=True):
+    """What a step or an abort brought."""
+
+    outputs: list[EngineOutput]
+    stats: EngineStats
+
+
+class Events(msgspec.Struct, frozen=True, tag=True):
+    """Answer to `AskEvents`."""
+
+    request_id: str
+    events: list[Event]
+
+
+Report = Loading | Ready | Failed | Refused | Step | Events
+
+encode = msgspec.msgpack.Encoder().encode
+decode_command: Any = msgspec.msgpack.Decoder(Command).decode
+decode_report: Any = msgspec.msgpack.Decoder(Report).decode

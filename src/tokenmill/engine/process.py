@@ -1,0 +1,101 @@
+"""The engine in a process of its own: ``python -m tokenmill.engine.process ADDRESS``.
+
+Tokenizing, templating and streaming happen in the client's process, so that none of it ever delays a step. The two talk
+over one ZeroMQ pair socket at ADDRESS.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+
+import zmq
+
+from tokenmill.engine import messages
+from tokenmill.engine.engine import Engine
+from tokenmill.engine.executor import LocalExecutor
+from tokenmill.errors import RequestError, TokenmillError
+from tokenmill.types import ErrorInfo
+
+__all__ = ["main"]
+
+_IDLE_POLL_MS = 500  # how soon an idle engine notices that its client is gone
+_BLOCKED_POLL_MS = 2  # how soon it looks again when requests wait but none may run yet
+
+
+class _Loop:
+    """Answers commands and steps the engine in between."""
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        self._parent = os.getppid()
+        self._open = True
+
+    def run(self) -> None:
+        start = messages.decode_command(self._socket.recv())
+        try:
+            executor = LocalExecutor(start.config, lambda done, total: self._send(messages.Loading(done, total)))
+            self._engine = Engine(start.config, executor)
+        except TokenmillError as error:
+            info = ErrorInfo(error.code, error.message, error.field)
+            return self._send(messages.Failed(type(error).__name__, info))
+        except Exception as error:
+            logging.getLogger(__name__).exception("the engine could not start")
+            return self._send(messages.Failed("EngineError", ErrorInfo("engine_start_failed", str(error))))
+        self._send(messages.Ready(self._engine.stats()))
+        blocked = False
+        while self._open and os.getppid() == self._parent:
+            idle = not self._engine.has_work
+            self._commands(_IDLE_POLL_MS if idle else _BLOCKED_POLL_MS if blocked else 0)
+            if self._open and self._engine.has_work:
+                steps = self._engine.events.step
+                outputs = self._engine.step()
+                blocked = self._engine.events.step == steps
+                if not blocked:
+                    self._send(messages.Step(outputs, self._engine.stats()))
+        return None
+
+    def _commands(self, timeout_ms: int) -> None:
+        """Answers what has arrived; waits up to `timeout_ms` for the first."""
+        while self._open and self._socket.poll(timeout_ms):
+            self._answer(messages.decode_command(self._socket.recv()))
+            timeout_ms = 0
+
+    def _answer(self, command: messages.Command) -> None:
+        match command:
+            case messages.Add(request):
+                try:
+                    self._engine.add(request)
+                except RequestError as error:
+                    info = ErrorInfo(error.code, error.message, error.field)
+                    self._send(messages.Refused(request.request_id, info))
+            case messages.Abort(request_ids):
+                outputs = self._engine.abort(request_ids)
+                self._send(messages.Step(outputs, self._engine.stats()))
+            case messages.AskEvents(request_id):
+                log = self._engine.events
+                self._send(messages.Events(request_id, log.of(request_id) if request_id else list(log)))
+            case messages.Stop():
+                self._open = False
+            case messages.Start():
+                raise RuntimeError("the engine was started twice")
+
+    def _send(self, report: messages.Report) -> None:
+        self._socket.send(messages.encode(report))
+
+
+def main() -> None:
+    """Serves the client at the address given as the only argument until it says stop or disappears."""
+    # Ctrl-C reaches the whole process group; the client decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.WARNING, format="tokenmill engine: %(levelname)s: %(message)s")
+    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+        socket.setsockopt(zmq.LINGER, 1000)
+        socket.connect(sys.argv[1])
+        _Loop(socket).run()
+
+
+if __name__ == "__main__":
+    main()

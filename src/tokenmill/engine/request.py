@@ -1,0 +1,88 @@
+"""One request inside the engine: a sequence and what the scheduler knows about it."""
+
+from __future__ import annotations
+
+from tokenmill.engine.kv.prefix import Fingerprint
+from tokenmill.engine.kv.sequence import Sequence
+from tokenmill.types import EngineRequest, FinishReason, RequestStats, SamplingParams, TokenLogprobs
+
+__all__ = ["Request"]
+
+
+class Request(Sequence):
+    """State of a request from its arrival to its end. Only the scheduler writes it.
+
+    Args:
+        source: the request as it came.
+        limit: most tokens to generate.
+        seed: for sampling.
+        block_size: tokens per KV block.
+        now: when the engine accepted it.
+    """
+
+    __slots__ = (
+        "cached_tokens",
+        "deferred",
+        "first_token",
+        "hint",
+        "limit",
+        "misses",
+        "preemptions",
+        "prompt_logprobs",
+        "queued_since",
+        "recomputed",
+        "scheduled",
+        "seed",
+        "source",
+    )
+
+    def __init__(self, source: EngineRequest, limit: int, seed: int, block_size: int, now: float) -> None:
+        fingerprint = Fingerprint(block_size, source.cache_salt, source.adapter)
+        # Log probabilities of the prompt need its logits, so it must be computed.
+        super().__init__(source.prompt_token_ids, fingerprint, reusable=source.params.prompt_logprobs is None)
+        self.source = source
+        self.limit = limit
+        self.seed = seed
+        self.hint: tuple[int, int] | None = None
+        """(cache version, tokens) of the last look into the prefix cache while waiting."""
+        self.queued_since = now
+        self.scheduled: float | None = None
+        self.first_token: float | None = None
+        self.deferred = ""
+        """Why it still waits."""
+        self.preemptions = 0
+        self.recomputed = 0
+        self.cached_tokens = 0
+        self.misses: dict[str, int] = {}
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None]
+
+    @property
+    def id(self) -> str:
+        return self.source.request_id
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.source.params
+
+    def finish_reason(self, token: int, eos_ids: frozenset[int]) -> FinishReason | None:
+        """Why the request ends with `token`, its newest; None when it goes on."""
+        params = self.params
+        stops = token in params.stop_token_ids or (token in eos_ids and not params.ignore_eos)
+        if stops and self.generated >= params.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.generated >= self.limit else None
+
+    def stats(self, now: float) -> RequestStats:
+        """What happened to it, as of its end."""
+        return RequestStats(
+            arrival=self.source.arrival,
+            scheduled=self.scheduled,
+            first_token=self.first_token,
+            finished=now,
+            prompt_tokens=self.prompt_len,
+            generated_tokens=self.generated,
+            cached_tokens=self.cached_tokens,
+            recomputed_tokens=self.recomputed,
+            preemptions=self.preemptions,
+            misses=self.misses,
+        )

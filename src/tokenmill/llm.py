@@ -1,0 +1,551 @@
+"""`LLM` and `AsyncLLM`: text in, text out. The one place where text and engine meet.
+
+`LLM` runs the engine in this process and blocks; `AsyncLLM` runs it in a process of its own and streams. Both spread the
+`n` completions of a call over engine requests and put the pieces together again through the same `_Call`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypedDict
+
+import msgspec
+
+from tokenmill.engine.client import EngineClient
+from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.engine import Engine
+from tokenmill.engine.events import Event
+from tokenmill.engine.executor import LocalExecutor, Progress
+from tokenmill.engine.messages import Refused, Step
+from tokenmill.errors import EngineError, RequestError, UnavailableError
+from tokenmill.models.loader import resolve
+from tokenmill.text.chat import encode_chat
+from tokenmill.text.stream import TextStream
+from tokenmill.text.tokenizer import Tokenizer
+from tokenmill.types import (
+    CompletionOutput,
+    EngineOutput,
+    EngineRequest,
+    EngineStats,
+    FinishReason,
+    RequestOutput,
+    RequestStats,
+    SamplingParams,
+)
+
+__all__ = ["LLM", "NO_OBSERVER", "AsyncLLM", "Health", "Observer", "Prompt"]
+
+
+class PromptDict(TypedDict, total=False):
+    """A prompt as vLLM's dictionaries give it: one of the two keys."""
+
+    prompt: str
+    prompt_token_ids: list[int]
+
+
+Prompt = str | Sequence[int] | PromptDict
+"""Text, token ids, or a dictionary with one of them."""
+
+Conversation = Sequence[Mapping[str, Any]]
+"""Messages with `role` and `content`."""
+
+
+class Observer(Protocol):
+    """Hears what happens, for metrics. Called in the event loop: must return at once."""
+
+    def step(self, stats: EngineStats) -> None:
+        """The engine finished a step."""
+
+    def tokens(self, request_id: str, count: int, since_last_s: float | None) -> None:
+        """`count` tokens came, so many seconds after the ones before; None for the first of a completion."""
+
+    def finished(self, stats: RequestStats, reason: FinishReason, params: SamplingParams) -> None:
+        """A completion ended."""
+
+
+class _Silent:
+    def step(self, stats: EngineStats) -> None:
+        pass
+
+    def tokens(self, request_id: str, count: int, since_last_s: float | None) -> None:
+        pass
+
+    def finished(self, stats: RequestStats, reason: FinishReason, params: SamplingParams) -> None:
+        pass
+
+
+NO_OBSERVER: Observer = _Silent()
+
+
+@dataclasses.dataclass(frozen=True)
+class Health:
+    """Whether the engine serves, and if not, why."""
+
+    ok: bool
+    reason: str
+    last_progress_age_s: float
+    running: int
+    waiting: int
+
+
+class _Completion:
+    """One completion of a call while it grows."""
+
+    def __init__(self, index: int, stream: TextStream) -> None:
+        self.output = CompletionOutput(index=index, text="", token_ids=[])
+        self.stream = stream
+        self.stop: str | None = None
+        self.last_token_at: float | None = None
+
+
+class _Call:
+    """One call: its engine requests, and the output put together from what they bring.
+
+    Args:
+        delta: whether each output holds only what is new.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: str | None,
+        token_ids: list[int],
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+        delta: bool,
+    ) -> None:
+        self.request_id = request_id
+        self.params = params
+        self._delta = delta
+        self.output = RequestOutput(
+            request_id=request_id, prompt=prompt, prompt_token_ids=token_ids, outputs=[], finished=False
+        )
+        ids = [request_id] if params.n == 1 else [f"{request_id}/{index}" for index in range(params.n)]
+        self._open: dict[str, _Completion] = {}
+        for index, child in enumerate(ids):
+            stream = TextStream(
+                tokenizer,
+                token_ids,
+                params.stop or (),
+                params.include_stop_str_in_output,
+                params.skip_special_tokens,
+            )
+            self._open[child] = _Completion(index, stream)
+        self.output.outputs = [completion.output for completion in self._open.values()]
+
+    @property
+    def ids(self) -> list[str]:
+        """Engine requests that are not ended."""
+        return list(self._open)
+
+    def requests(self, arrival: float, **fields: Any) -> list[EngineRequest]:
+        """The engine requests of this call: completions after the first share the first one's prompt blocks."""
+        requests = []
+        first = self.ids[0]
+        for index, request_id in enumerate(self.ids):
+            params = self.params
+            if index:
+                seed = None if params.seed is None else params.seed + index
+                params = msgspec.structs.replace(params, seed=seed, prompt_logprobs=None)
+            requests.append(
+                EngineRequest(
+                    request_id=request_id,
+                    prompt_token_ids=self.output.prompt_token_ids,
+                    params=params,
+                    arrival=arrival,
+                    parent=first if index else "",
+                    **fields,
+                )
+            )
+        return requests
+
+    def take(self, came: EngineOutput, now: float, observer: Observer) -> tuple[RequestOutput | None, bool]:
+        """Adds what came to one completion.
+
+        Returns:
+            The output to hand on, None if nothing of it is new to the caller, and whether the engine request must be
+            aborted because a stop string ended its text.
+        """
+        completion = self._open[came.request_id]
+        output = completion.output
+        if came.token_ids:
+            since = None if completion.last_token_at is None else now - completion.last_token_at
+            completion.last_token_at = now
+            observer.tokens(self.request_id, len(came.token_ids), since)
+        self.output.cached_tokens = max(self.output.cached_tokens, came.cached_tokens)
+        if came.prompt_logprobs is not None:
+            self.output.prompt_logprobs = came.prompt_logprobs
+        new = CompletionOutput(index=output.index, text="", token_ids=[])
+        abort = False
+        if completion.stop is None:
+            piece = completion.stream.push(came.token_ids, came.finish_reason is not None)
+            new.text, new.token_ids = piece.text, came.token_ids[: piece.tokens]
+            if came.logprobs is not None:
+                new.logprobs = came.logprobs[: piece.tokens]
+            completion.stop = piece.stop
+            abort = piece.stop is not None and came.finish_reason is None
+        if came.finish_reason is not None:
+            self._finish(completion, came, new, observer)
+        output.text += new.text
+        output.token_ids = output.token_ids + new.token_ids
+        if new.logprobs is not None:
+            output.logprobs = (output.logprobs or []) + new.logprobs
+        nothing = not new.token_ids and not new.text and new.finish_reason is None
+        return (None if nothing else self._emit(new)), abort
+
+    def _finish(self, completion: _Completion, came: EngineOutput, new: CompletionOutput, observer: Observer) -> None:
+        output = completion.output
+        reason = came.finish_reason
+        if completion.stop is not None:
+            reason = FinishReason.STOP  # the text had ended; the abort was ours
+        output.finish_reason = new.finish_reason = reason
+        output.stop_reason = new.stop_reason = came.stop_token if completion.stop is None else completion.stop
+        output.error = new.error = came.error
+        del self._open[came.request_id]
+        self.output.finished = not self._open
+        if came.stats is not None and reason is not None:
+            self.output.stats.append(came.stats)
+            observer.finished(came.stats, reason, self.params)
+
+    def _emit(self, new: CompletionOutput) -> RequestOutput:
+        """What the caller sees: only the new piece, or a copy of everything so far."""
+        if self._delta:
+            return msgspec.structs.replace(self.output, outputs=[new], stats=list(self.output.stats))
+        outputs = [msgspec.structs.replace(output) for output in self.output.outputs]
+        return msgspec.structs.replace(self.output, outputs=outputs, stats=list(self.output.stats))
+
+
+def _tokenize(tokenizer: Tokenizer, prompt: Prompt) -> tuple[str | None, list[int]]:
+    """The text, if there is one, and the token ids of a prompt."""
+    if isinstance(prompt, Mapping):
+        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if (text is None) == (ids is None):
+            raise RequestError("invalid_prompt", "A prompt needs one of 'prompt' and 'prompt_token_ids'.", "prompt")
+        prompt = text if ids is None else ids  # type: ignore[assignment]
+    if isinstance(prompt, str):
+        return prompt, tokenizer.encode(prompt)
+    ids = list(prompt)
+    if not all(isinstance(token, int) for token in ids):
+        raise RequestError("invalid_prompt", "A prompt is a text or a list of token ids.", "prompt")
+    return None, ids
+
+
+def _with_bad_words(tokenizer: Tokenizer, params: SamplingParams) -> SamplingParams:
+    """The texts of `bad_words` as token sequences: each as it stands and as it is written after a space."""
+    if not params.bad_words:
+        return params
+    ids = list(params.bad_words_ids)
+    for word in params.bad_words:
+        for text in (word.lstrip(), " " + word.lstrip()):
+            sequence = tokenizer.encode(text, add_special_tokens=False)
+            if sequence and sequence not in ids:
+                ids.append(sequence)
+    return msgspec.structs.replace(params, bad_words=[], bad_words_ids=ids)
+
+
+class LLM:
+    """A model in this process.
+
+    Args:
+        model: "demo" for the built-in model, a folder in Hugging Face layout, or a hub id.
+        config: all options of the engine; `model` then only overrides its model.
+        progress: told (bytes done, bytes in all) while the weights load.
+
+    Raises:
+        ModelError, ConfigError: the model cannot be loaded or does not fit.
+    """
+
+    def __init__(
+        self, model: str | None = None, *, config: EngineConfig | None = None, progress: Progress | None = None
+    ) -> None:
+        config = config or EngineConfig()
+        if model is not None:
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, model=model))
+        self.config = config
+        self.tokenizer = Tokenizer.load(resolve(config.model.model))
+        self.engine = Engine(config, LocalExecutor(config, progress))
+        self._numbers = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Completes prompts, all at once, and returns their outputs in order.
+
+        Args:
+            prompts: one prompt or many.
+            sampling_params: one for all, or one per prompt.
+
+        Raises:
+            RequestError: a prompt or parameter cannot be served; nothing has been generated then.
+        """
+        many = _as_prompts(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(many)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(many):
+            raise RequestError(
+                "invalid_parameter", f"{len(many)} prompts need as many sampling_params, not {len(params)}.",
+                "sampling_params",
+            )  # fmt: skip
+        calls = [self._call(prompt, one) for prompt, one in zip(many, params, strict=True)]
+        for _ in self._run(calls):
+            pass
+        return [call.output for call in calls]
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or many, through the model's chat template."""
+        conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        prompts = [
+            encode_chat(
+                self.tokenizer, conversation, tools, add_generation_prompt=add_generation_prompt,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in conversations
+        ]  # fmt: skip
+        return self.generate(prompts, sampling_params)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Completes one prompt and yields each piece as it comes. Closing the iterator aborts the request."""
+        yield from self._run([self._call(prompt, sampling_params or SamplingParams(), delta=True)])
+
+    def _call(self, prompt: Prompt, params: SamplingParams, delta: bool = False) -> _Call:
+        text, ids = _tokenize(self.tokenizer, prompt)
+        params = _with_bad_words(self.tokenizer, params)
+        return _Call(str(next(self._numbers)), text, ids, params, self.tokenizer, delta)
+
+    def _run(self, calls: list[_Call]) -> Iterator[RequestOutput]:
+        """Serves calls to their end and yields what comes. Whatever stops it, no request is left behind."""
+        owner = {child: call for call in calls for child in call.ids}
+        try:
+            for call in calls:
+                for request in call.requests(time.monotonic()):
+                    self.engine.add(request)
+            while not all(call.output.finished for call in calls):
+                outputs = self.engine.step()
+                while outputs:
+                    aborted: list[str] = []
+                    for came in outputs:
+                        output, abort = owner[came.request_id].take(came, time.monotonic(), NO_OBSERVER)
+                        if abort:
+                            aborted.append(came.request_id)
+                        if output is not None:
+                            yield output
+                    outputs = self.engine.abort(aborted)
+        finally:
+            self.engine.abort([child for call in calls for child in call.ids])
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt as a list of one; a list of prompts as it is."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]  # type: ignore[list-item]
+    many = list(prompts)
+    if many and isinstance(many[0], int):
+        return [many]  # type: ignore[list-item]
+    return many  # type: ignore[return-value]
+
+
+class AsyncLLM:
+    """A model in a process of its own. Make one with `start`; it belongs to that event loop."""
+
+    def __init__(self, config: EngineConfig, tokenizer: Tokenizer, observer: Observer) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self._observer = observer
+        self._client: EngineClient
+        self._calls: dict[str, tuple[_Call, asyncio.Queue[RequestOutput | Exception]]] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._numbers = itertools.count()
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @classmethod
+    async def start(
+        cls, config: EngineConfig, observer: Observer = NO_OBSERVER, progress: Progress | None = None
+    ) -> AsyncLLM:
+        """Starts the engine process and waits until the model is loaded.
+
+        Raises:
+            ModelError, ConfigError, EngineError: whatever kept the engine from starting.
+        """
+        llm = cls(config, Tokenizer.load(resolve(config.model.model)), observer)
+        llm._client = await EngineClient.start(config, llm._on_report, llm._on_death, progress)
+        return llm
+
+    @property
+    def model_name(self) -> str:
+        """The model as the user named it."""
+        return self.config.model.model
+
+    @property
+    def stats(self) -> EngineStats:
+        """The engine's state after its latest step."""
+        return self._client.stats
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence, prompt and output, in tokens."""
+        return self.stats.max_model_len
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        cache_salt: str = "",
+        deadline: float | None = None,
+        delta: bool = False,
+    ) -> AsyncIterator[RequestOutput]:
+        """Completes a prompt and yields the output as it grows. Closing the iterator aborts the request.
+
+        Args:
+            delta: yield only what is new each time, instead of everything so far.
+            deadline: when the answer should be complete, on the monotonic clock; for the `deadline` policy.
+
+        Raises:
+            RequestError: the request cannot be served.
+            UnavailableError: ``shutting_down``.
+            EngineError: the engine process died.
+        """
+        arrival = time.monotonic()
+        if self._draining:
+            raise UnavailableError("shutting_down", "The server is shutting down; send the request to another.")
+        if self._client.dead is not None:
+            raise self._client.dead
+        text, ids = _tokenize(self.tokenizer, prompt)
+        name = request_id or f"request-{next(self._numbers)}"
+        call = _Call(name, text, ids, _with_bad_words(self.tokenizer, params), self.tokenizer, delta)
+        if taken := [child for child in call.ids if child in self._calls]:
+            raise RequestError(
+                "duplicate_request_id", f"A request {taken[0]!r} is under way; use another id.", "request_id"
+            )
+        queue: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
+        self._calls.update(dict.fromkeys(call.ids, (call, queue)))
+        self._idle.clear()
+        try:
+            for request in call.requests(
+                arrival, priority=priority, tenant=tenant, cache_salt=cache_salt, deadline=deadline
+            ):
+                await self._client.add(request)
+            while not call.output.finished or not queue.empty():
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            if not call.output.finished:
+                self._abandon(call)
+
+    def _abandon(self, call: _Call) -> None:
+        """Aborts what is left of a call. The engine's answer still closes its books in `_on_report`."""
+        known = [child for child in call.ids if child in self._calls]
+        if known and self._client.dead is None:
+            self._spawn(known)
+        else:
+            self._forget(call.ids)
+
+    def _spawn(self, request_ids: list[str]) -> None:
+        async def abort() -> None:
+            with contextlib.suppress(EngineError):
+                await self._client.abort(request_ids)
+
+        task = asyncio.ensure_future(abort())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _forget(self, request_ids: list[str]) -> None:
+        for child in request_ids:
+            self._calls.pop(child, None)
+        if not self._calls:
+            self._idle.set()
+
+    def _on_report(self, report: Step | Refused) -> None:
+        if isinstance(report, Refused):
+            error = report.error
+            entry = self._calls.get(report.request_id)
+            self._forget([report.request_id])
+            if entry is not None:
+                entry[1].put_nowait(RequestError(error.code, error.message, error.field))
+            return
+        aborted = []
+        now = time.monotonic()
+        for came in report.outputs:
+            entry = self._calls.get(came.request_id)
+            if entry is None:
+                continue
+            call, queue = entry
+            output, abort = call.take(came, now, self._observer)
+            if abort:
+                aborted.append(came.request_id)
+            if output is not None:
+                queue.put_nowait(output)
+            if came.finish_reason is not None:
+                self._forget([came.request_id])
+        if aborted:
+            self._spawn(aborted)
+        self._observer.step(report.stats)
+
+    def _on_death(self, error: EngineError) -> None:
+        for _, queue in {id(queue): (call, queue) for call, queue in self._calls.values()}.values():
+            queue.put_nowait(error)
+        self._forget(list(self._calls))
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request with reason `abort`. Unknown or ended ones are ignored."""
+        children = [child for child in self._calls if child == request_id or child.startswith(request_id + "/")]
+        if children:
+            await self._client.abort(children)
+
+    async def events(self, request_id: str = "") -> list[Event]:
+        """The engine's decisions about one request, or all that are kept."""
+        return await self._client.events(request_id)
+
+    def health(self) -> Health:
+        """Whether the engine is alive and its steps advance."""
+        stats = self.stats
+        age = time.monotonic() - stats.last_progress
+        reason = ""
+        if self._client.dead is not None:
+            reason = self._client.dead.message
+        elif self._calls and age > self.config.hang_timeout_s:
+            reason = f"No step has ended for {age:.0f} s."
+        return Health(not reason, reason, age, stats.running, stats.waiting)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuses new requests, waits for those under way, and aborts what is left after `timeout_s` seconds."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            with contextlib.suppress(EngineError, TimeoutError):
+                await self._client.abort(list(self._calls))
+                await asyncio.wait_for(self._idle.wait(), 1.0)
+
+    async def close(self) -> None:
+        """Ends the engine process. Requests still under way fail with ``shutting_down``."""
+        self._draining = True
+        error = UnavailableError("shutting_down", "The server is shutting down.")
+        for _, queue in self._calls.values():
+            queue.put_nowait(error)
+        self._forget(list(self._calls))
+        await self._client.close()
