@@ -7,6 +7,7 @@ come from that one declaration. An unknown key is an error with a suggestion.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -100,6 +101,12 @@ def _checked(value: Any, hint: Any, meta: Mapping[str, Any], full: str) -> Any:
         value = tuple(value)
     if not isinstance(value, kind) or (kind in (int, float) and isinstance(value, bool)):
         raise ConfigError("invalid_option", f"{full} must be of type {kind.__name__}; got {value!r}.", full)
+    if kind is tuple:
+        item = typing.get_args(allowed[0])[0]
+        if wrong := [each for each in value if not isinstance(each, item)]:
+            raise ConfigError("invalid_option", f"{full} is a list of type {item.__name__}; got {wrong[0]!r}.", full)
+    if kind is float and not math.isfinite(value):
+        raise ConfigError("invalid_option", f"{full} must be a finite number; got {value}.", full)
     choices = meta.get("choices")
     if isinstance(choices, Registry):
         value = value.replace("-", "_")
@@ -136,5 +143,7 @@ def load_toml(path: Path) -> dict[str, Any]:
             return tomllib.load(file)
     except FileNotFoundError:
         raise ConfigError("config_not_found", f"There is no configuration file {str(path)!r}.", "config") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise ConfigError("config_not_found", f"{path} cannot be read: {error.strerror}.", "config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError("config_malformed", f"{path} is not valid TOML: {error}.", "config") from None

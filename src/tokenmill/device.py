@@ -44,12 +44,12 @@ def machine() -> Machine:
     info = _cpuinfo()
     flags = set(info.get("flags", info.get("Features", "")).split())
     memory = psutil.virtual_memory()
-    limit = _cgroup_memory_limit()
+    limit, used = _cgroup_memory()
     return Machine(
         processor=info.get("model name", platform.processor() or platform.machine()),
         cores=_usable_cores(),
         memory_bytes=min(memory.total, limit),
-        available_bytes=min(memory.available, limit),
+        available_bytes=min(memory.available, max(0, limit - used)),
         instruction_sets=tuple(name for name in _INSTRUCTION_SETS if name in flags),
     )
 
@@ -71,11 +71,23 @@ def _usable_cores() -> int:
     return affinity
 
 
-def _cgroup_memory_limit() -> int:
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        if (text := _read(file)).isdigit():
-            return int(text)
-    return 2**63
+def _cgroup_memory() -> tuple[int, int]:
+    """Bytes this container may use, and those it uses now and could not give back by dropping cached files."""
+    root = "/sys/fs/cgroup"
+    for limit, usage, stat, cached in (
+        (f"{root}/memory.max", f"{root}/memory.current", f"{root}/memory.stat", "inactive_file"),
+        # cgroup v1
+        (
+            f"{root}/memory/memory.limit_in_bytes",
+            f"{root}/memory/memory.usage_in_bytes",
+            f"{root}/memory/memory.stat",
+            "total_inactive_file",
+        ),
+    ):
+        if (text := _read(limit)).isdigit():
+            counts = dict(line.split() for line in _read(stat).splitlines())
+            return int(text), max(0, int(_read(usage) or 0) - int(counts.get(cached, 0)))
+    return 2**63, 0
 
 
 def _read(path: str) -> str:

@@ -1,7 +1,7 @@
 """`LLM` and `AsyncLLM`: text in, text out. The one place where text and engine meet.
 
-`LLM` runs the engine in this process and blocks; `AsyncLLM` runs it in a process of its own and streams. Both spread the
-`n` completions of a call over engine requests and put the pieces together again through the same `_Call`.
+`LLM` runs the engine in this process and blocks; `AsyncLLM` runs it in a process of its own and streams. Both spread
+the `n` completions of a call over engine requests and put the pieces together again through the same `_Call`.
 """
 
 from __future__ import annotations
@@ -192,9 +192,10 @@ class _Call:
         if came.finish_reason is not None:
             self._finish(completion, came, new, observer)
         output.text += new.text
-        output.token_ids = output.token_ids + new.token_ids
+        output.token_ids += new.token_ids
         if new.logprobs is not None:
-            output.logprobs = (output.logprobs or []) + new.logprobs
+            output.logprobs = output.logprobs or []
+            output.logprobs += new.logprobs
         nothing = not new.token_ids and not new.text and new.finish_reason is None
         return (None if nothing else self._emit(new)), abort
 
@@ -216,7 +217,12 @@ class _Call:
         """What the caller sees: only the new piece, or a copy of everything so far."""
         if self._delta:
             return msgspec.structs.replace(self.output, outputs=[new], stats=list(self.output.stats))
-        outputs = [msgspec.structs.replace(output) for output in self.output.outputs]
+        outputs = [
+            msgspec.structs.replace(
+                output, token_ids=list(output.token_ids), logprobs=output.logprobs and list(output.logprobs)
+            )
+            for output in self.output.outputs
+        ]
         return msgspec.structs.replace(self.output, outputs=outputs, stats=list(self.output.stats))
 
 
@@ -322,12 +328,12 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Completes one prompt and yields each piece as it comes. Closing the iterator aborts the request."""
-        yield from self._run([self._call(prompt, sampling_params or SamplingParams(), delta=True)])
+        yield from self._run([self._call(prompt, sampling_params or SamplingParams())])
 
-    def _call(self, prompt: Prompt, params: SamplingParams, delta: bool = False) -> _Call:
+    def _call(self, prompt: Prompt, params: SamplingParams) -> _Call:
         text, ids = _tokenize(self.tokenizer, prompt)
         params = _with_bad_words(self.tokenizer, params)
-        return _Call(str(next(self._numbers)), text, ids, params, self.tokenizer, delta)
+        return _Call(str(next(self._numbers)), text, ids, params, self.tokenizer, delta=True)
 
     def _run(self, calls: list[_Call]) -> Iterator[RequestOutput]:
         """Serves calls to their end and yields what comes. Whatever stops it, no request is left behind."""

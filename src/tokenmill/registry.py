@@ -48,13 +48,21 @@ class Registry(Generic[T]):
         """The choice called `name` (``-`` and ``_`` are the same).
 
         Raises:
-            ConfigError: ``unknown_choice`` when there is none, ``broken_plugin`` when its module lacks the attribute.
+            ConfigError: ``unknown_choice`` when there is none, ``broken_plugin`` when its module lacks the attribute
+                or cannot be imported (plugins).
         """
         stem = name.replace("-", "_")
         if stem in self._own():
             module = importlib.import_module(f"{self.package}.{stem}")
         elif entry_point := self._entry_points().get(stem):
-            module = entry_point.load()
+            try:
+                module = entry_point.load()
+            except Exception as error:
+                raise ConfigError(
+                    "broken_plugin",
+                    f"{self.kind} {name!r} ({entry_point.value}) cannot be loaded: {type(error).__name__}: {error}.",
+                    self.kind,
+                ) from error
         else:
             raise ConfigError(
                 "unknown_choice", f"There is no {name!r} in {self.kind}. {did_you_mean(stem, self.names())}", self.kind
