@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict, cast
 
 import msgspec
 
@@ -134,6 +134,7 @@ class _Call:
                 params.stop or (),
                 params.include_stop_str_in_output,
                 params.skip_special_tokens,
+                params.min_tokens,
             )
             self._open[child] = _Completion(index, stream)
         self.output.outputs = [completion.output for completion in self._open.values()]
@@ -228,11 +229,10 @@ class _Call:
 
 def _tokenize(tokenizer: Tokenizer, prompt: Prompt) -> tuple[str | None, list[int]]:
     """The text, if there is one, and the token ids of a prompt."""
-    if isinstance(prompt, Mapping):
-        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-        if (text is None) == (ids is None):
+    if isinstance(prompt, dict):
+        if len(prompt.keys() & {"prompt", "prompt_token_ids"}) != 1:
             raise RequestError("invalid_prompt", "A prompt needs one of 'prompt' and 'prompt_token_ids'.", "prompt")
-        prompt = text if ids is None else ids  # type: ignore[assignment]
+        prompt = prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"]
     if isinstance(prompt, str):
         return prompt, tokenizer.encode(prompt)
     ids = list(prompt)
@@ -316,7 +316,8 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or many, through the model's chat template."""
-        conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        one = not messages or isinstance(messages[0], Mapping)
+        conversations = cast(Sequence[Conversation], [messages] if one else messages)
         prompts = [
             encode_chat(
                 self.tokenizer, conversation, tools, add_generation_prompt=add_generation_prompt,
@@ -359,12 +360,10 @@ class LLM:
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt as a list of one; a list of prompts as it is."""
-    if isinstance(prompts, str | Mapping):
-        return [prompts]  # type: ignore[list-item]
-    many = list(prompts)
-    if many and isinstance(many[0], int):
-        return [many]  # type: ignore[list-item]
-    return many  # type: ignore[return-value]
+    if isinstance(prompts, str | dict):
+        return [cast(Prompt, prompts)]
+    many = list(cast(Sequence[Any], prompts))
+    return [many] if many and isinstance(many[0], int) else many
 
 
 class AsyncLLM:
@@ -379,6 +378,7 @@ class AsyncLLM:
         self._background: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count()
         self._draining = False
+        self._steps = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -509,7 +509,9 @@ class AsyncLLM:
                 self._forget([came.request_id])
         if aborted:
             self._spawn(aborted)
-        self._observer.step(report.stats)
+        if report.stats.steps > self._steps:  # an abort reports as well, but is no step
+            self._steps = report.stats.steps
+            self._observer.step(report.stats)
 
     def _on_death(self, error: EngineError) -> None:
         for _, queue in {id(queue): (call, queue) for call, queue in self._calls.values()}.values():

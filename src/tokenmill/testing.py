@@ -7,19 +7,31 @@ that is shared wrongly, freed too early or not copied before a write shows as an
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
-from tokenmill.engine.executor import ModelFacts
+from tokenmill.engine.memory import ModelFacts
 from tokenmill.engine.plan import PlannedRow, RowResult, StepPlan, StepResult
 from tokenmill.models.spec import KVGroup, KVLayout
 from tokenmill.types import EngineOutput, EngineRequest, SamplingParams
 
-__all__ = ["FakeClock", "FakeExecutor", "check_no_starvation", "check_policy", "fake_facts", "random_traffic"]
+__all__ = [
+    "FakeClock",
+    "FakeExecutor",
+    "check_no_starvation",
+    "check_policy",
+    "byte_tokenizer",
+    "fake_facts",
+    "random_traffic",
+    "random_model",
+]
 
 
 class FakeClock:
@@ -210,3 +222,79 @@ def _finals(engine: Engine, clock: FakeClock) -> list[EngineOutput]:
     if engine.events.step == before:
         clock.advance(0.01)
     return [output for output in outputs if output.finish_reason is not None]
+
+
+def random_model(folder: Path, seed: int = 0, dtype: str = "float32", **overrides: object) -> Path:
+    """Writes a random Qwen3 model, tiny unless overridden, with a byte tokenizer and chat template; returns
+    `folder`.
+
+    Args:
+        dtype: of the stored weights, ``float32`` or ``bfloat16``.
+        overrides: entries of config.json to change.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    config: dict[str, Any] = {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 260, "hidden_size": 48,
+        "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
+        "head_dim": 16, "hidden_act": "silu", "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0, "tie_word_embeddings": True, "attention_bias": False, "torch_dtype": dtype,
+    }  # fmt: skip
+    config |= overrides
+    generator = torch.Generator().manual_seed(seed)
+    hidden, heads, kv_heads, dim = (
+        config[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config["vocab_size"], hidden),
+        "model.norm.weight": (hidden,),
+    }
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        shapes |= {
+            prefix + "self_attn.q_proj.weight": (heads * dim, hidden),
+            prefix + "self_attn.k_proj.weight": (kv_heads * dim, hidden),
+            prefix + "self_attn.v_proj.weight": (kv_heads * dim, hidden),
+            prefix + "self_attn.o_proj.weight": (hidden, heads * dim),
+            prefix + "self_attn.q_norm.weight": (dim,),
+            prefix + "self_attn.k_norm.weight": (dim,),
+            prefix + "mlp.gate_proj.weight": (config["intermediate_size"], hidden),
+            prefix + "mlp.up_proj.weight": (config["intermediate_size"], hidden),
+            prefix + "mlp.down_proj.weight": (hidden, config["intermediate_size"]),
+            prefix + "input_layernorm.weight": (hidden,),
+            prefix + "post_attention_layernorm.weight": (hidden,),
+        }
+    weights = {
+        name: (torch.randn(shape, generator=generator) * (1.4 * hidden**-0.5 if len(shape) == 2 else 0.1)).to(
+            getattr(torch, dtype)
+        )
+        + (1 if len(shape) == 1 else 0)
+        for name, shape in shapes.items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [257]}))
+    byte_tokenizer(folder)
+    return folder
+
+
+def byte_tokenizer(folder: Path) -> None:
+    """Writes a tokenizer with one token per byte (ids 0-255) and <|endoftext|>, <|im_end|>, <|im_start|> after them."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": template})
+    )

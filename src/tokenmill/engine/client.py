@@ -16,9 +16,10 @@ import zmq.asyncio
 from tokenmill import errors
 from tokenmill.engine import messages
 from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.events import Event
 from tokenmill.engine.executor import Progress
 from tokenmill.errors import EngineError, TokenmillError
-from tokenmill.types import EngineRequest, EngineStats
+from tokenmill.types import EngineRequest, EngineStats, ErrorInfo
 
 __all__ = ["EngineClient"]
 
@@ -38,7 +39,7 @@ class EngineClient:
         self._socket = socket
         self._folder = folder
         self._tasks: list[asyncio.Task[None]] = []
-        self._asked: dict[str, asyncio.Future[list[messages.Event]]] = {}
+        self._asked: dict[str, asyncio.Future[list[Event]]] = {}
         self._closing = False
         self.stats: EngineStats
         self.dead: EngineError | None = None
@@ -130,7 +131,7 @@ class EngineClient:
         """Gives requests up; those still under way end with reason `abort`."""
         await self._send(messages.Abort(request_ids))
 
-    async def events(self, request_id: str = "") -> list[messages.Event]:
+    async def events(self, request_id: str = "") -> list[Event]:
         """The engine's decisions about one request, or all that are kept."""
         if request_id not in self._asked:
             self._asked[request_id] = asyncio.get_running_loop().create_future()
@@ -151,8 +152,9 @@ class EngineClient:
         if self._process.returncode is None:
             with contextlib.suppress(zmq.ZMQError, TokenmillError):
                 await self._send(messages.Stop())
-            for end in (lambda: None, self._process.terminate, self._process.kill):
-                end()
+            for force in (None, self._process.terminate, self._process.kill):
+                if force is not None:
+                    force()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_S)
                     break
@@ -160,7 +162,7 @@ class EngineClient:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _error(kind: str, info: messages.ErrorInfo) -> TokenmillError:
+def _error(kind: str, info: ErrorInfo) -> TokenmillError:
     """The error that the engine process reported, as it was raised there."""
     cls = getattr(errors, kind, EngineError)
     error: TokenmillError = EngineError(info.code, info.message, info.field)

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
 from tokenmill.device import machine
 from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.memory import ModelFacts, size_memory
 from tokenmill.engine.plan import StepPlan, StepResult
-from tokenmill.errors import ConfigError
-from tokenmill.models.spec import KVLayout, ModelSpec, kv_layout, pool_blocks
+from tokenmill.models.spec import weight_bytes
 
-__all__ = ["Executor", "LocalExecutor", "ModelFacts", "Progress"]
+__all__ = ["Executor", "LocalExecutor", "Progress"]
 
 Progress = Callable[[int, int], None]
 """Told (bytes done, bytes in all) while weights are loaded."""
 
-# Share of the free memory that the KV cache may take by default; the rest is for activations and everything else.
-_AUTO_SHARE = 0.4
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelFacts:
-    """What the scheduler must know about the model and its memory."""
-
-    layout: KVLayout
-    num_blocks: int
-    """Blocks in the physical buffers, the null block included."""
-    max_model_len: int
-    """Longest sequence, prompt and output."""
-    vocab_size: int
-    eos_ids: tuple[int, ...]
+# The operators of a smaller model take less time than handing a part of them to a second thread.
+_SMALL_MODEL_BYTES = 64 * 2**20
 
 
 class Executor(Protocol):
@@ -41,36 +27,6 @@ class Executor(Protocol):
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Computes one step. Changes KV memory only. An exception fails the requests of this plan alone."""
-
-
-def size_memory(
-    config: EngineConfig, spec: ModelSpec, dtype_bytes: int, available: int, eos_ids: tuple[int, ...]
-) -> ModelFacts:
-    """Blocks and longest sequence for a memory budget: `models.spec` states the formulas, the engine obeys them.
-
-    Args:
-        available: bytes that can be taken when the options leave the budget open.
-
-    Raises:
-        ConfigError: ``kv_memory_too_small`` when the longest sequence asked for, or any, does not fit.
-    """
-    layout = kv_layout(spec, config.cache.block_size, dtype_bytes)
-    chunk = config.scheduler.max_num_batched_tokens
-    longest = config.model.max_model_len or spec.max_position
-    wanted = config.scheduler.max_num_seqs * layout.blocks_for(longest, chunk) * layout.block_bytes
-    budget = int(config.cache.memory_gib * 2**30) or min(wanted, int(available * _AUTO_SHARE))
-    num_blocks = pool_blocks(layout, budget)
-    # The null block and one block per group for copying shared ones are not available to a sequence.
-    capacity = layout.capacity(num_blocks - 1 - len(layout.groups), chunk)
-    if capacity < 2 or config.model.max_model_len > capacity:
-        need = (layout.blocks_for(longest, chunk) + 1 + len(layout.groups)) * layout.block_bytes / 2**30
-        raise ConfigError(
-            "kv_memory_too_small",
-            f"{budget / 2**30:.2f} GiB of KV memory hold a sequence of {max(0, capacity)} tokens, not {longest}. "
-            f"Set cache.memory_gib to at least {need:.2f} or lower model.max_model_len.",
-            "cache.memory_gib",
-        )
-    return ModelFacts(layout, num_blocks, min(longest, capacity), spec.vocab_size, eos_ids)
 
 
 class LocalExecutor:
@@ -87,11 +43,12 @@ class LocalExecutor:
         from tokenmill.kernels.probe import choose_device
         from tokenmill.models import loader
 
-        torch.set_num_threads(config.model.threads or machine().cores)
         device = choose_device(config.model.device)
         path = loader.resolve(config.model.model)
-        decoder = loader.load(path, config.model.dtype, device, progress)
-        available = torch.cuda.mem_get_info()[0] if device == "cuda" else machine().available_bytes
+        decoder = loader.load(path, config.model.dtype, str(device), progress, config.model.max_model_len)
+        weights = weight_bytes(decoder.spec, decoder.dtype.itemsize)
+        torch.set_num_threads(config.model.threads or (machine().cores if weights > _SMALL_MODEL_BYTES else 1))
+        available = torch.cuda.mem_get_info()[0] if device.type == "cuda" else machine().available_bytes
         eos_ids = loader.read_generation(path).eos_ids
         self.facts = size_memory(config, decoder.spec, decoder.dtype.itemsize, available, eos_ids)
         self._runner = Runner(decoder, self.facts)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenmill.engine.executor import ModelFacts
+from tokenmill.engine.memory import ModelFacts
 from tokenmill.engine.plan import PlannedRow, RowResult, StepPlan, StepResult
 from tokenmill.engine.sampler import prompt_logprobs, sample_rows
 from tokenmill.models.batch import ForwardBatch

@@ -148,16 +148,17 @@ class Scheduler:
             while not self.kv.can_grow(request, count):
                 candidates = order if not draft.rows else [request, *order]
                 victim = min(candidates, key=lambda candidate: self.policy.victim(candidate, self))
-                self._preempt(victim, request)
+                self.preempt(victim, request.id)
                 if victim is request:
                     break
                 order.remove(victim)
             else:
                 self._place(request, count, draft)
 
-    def _preempt(self, victim: Request, on_behalf_of: Request) -> None:
+    def preempt(self, victim: Request, on_behalf_of: str) -> None:
+        """Takes all blocks back from a running request, which waits again with everything it has generated."""
         blocks = self.kv.freed_by(victim)
-        self.events.add(self.now, victim.id, "preempt", on_behalf_of.id, victim.computed, blocks)
+        self.events.add(self.now, victim.id, "preempt", on_behalf_of, victim.computed, blocks)
         self.kv.release(victim)
         victim.preemptions += 1
         victim.queued_since = self.now

@@ -1,0 +1,22 @@
+"""Options of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tokenmill.config import option
+
+__all__ = ["ModelConfig"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which model, and how it is held in memory."""
+
+    model: str = option("demo", "`demo` for the built-in model, a folder, or a Hugging Face id")
+    dtype: str = option(
+        "auto", "type of weights and KV; auto is the checkpoint's", choices=("auto", "float32", "bfloat16")
+    )
+    device: str = option("auto", "where to compute; auto is cuda if there is one", choices=("auto", "cpu", "cuda"))
+    max_model_len: int = option(0, "longest sequence in tokens; 0 is what model and memory allow", low=0)
+    threads: int = option(0, "CPU threads; 0 is all usable cores", low=0)

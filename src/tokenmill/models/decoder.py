@@ -1,0 +1,157 @@
+"""The decoder: layers built from a description, run over a paged cache.
+
+How attention and feed-forward are joined to the residual stream is the kind of block; each kind is a class. Objects
+here are plain holders of tensors: a forward pass is a few calls per layer and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenmill.layers.attention import Attention, HeadNorm, KVView, NoNorm, QKNorm, WholeNorm
+from tokenmill.layers.embedding import Embedding, LogitsHead
+from tokenmill.layers.linear import Linear
+from tokenmill.layers.mlp import ACTIVATIONS, GatedMLP
+from tokenmill.layers.norm import RMSNorm
+from tokenmill.layers.rotary import Rotary
+from tokenmill.models.batch import ForwardBatch, KVCache
+from tokenmill.models.rope import RopeSpec
+from tokenmill.models.spec import BLOCK_NORMS, AttentionSpec, KVLayout, LayerSpec, ModelSpec
+
+__all__ = ["Decoder", "PostNormBlock", "PreNormBlock", "SandwichNormBlock"]
+
+Angles = tuple[Tensor, Tensor]
+"""Cosine and sine of the tokens' positions, both [T, R/2] float32."""
+
+
+@dataclass(frozen=True)
+class PreNormBlock:
+    """``x += attention(norm(x)); x += mlp(norm(x))`` (arXiv 2002.04745)."""
+
+    attention: Attention
+    mlp: GatedMLP
+    attention_norm: RMSNorm
+    mlp_norm: RMSNorm
+
+    def __call__(self, x: Tensor, angles: Angles, kv: KVView) -> Tensor:
+        x = x.add_(self.attention(self.attention_norm(x), angles, kv))
+        return x.add_(self.mlp(self.mlp_norm(x)))
+
+
+@dataclass(frozen=True)
+class SandwichNormBlock:
+    """``x += norm(attention(norm(x))); x += norm(mlp(norm(x)))`` (Gemma 2, arXiv 2408.00118)."""
+
+    attention: Attention
+    mlp: GatedMLP
+    attention_norm: RMSNorm
+    attention_post_norm: RMSNorm
+    mlp_norm: RMSNorm
+    mlp_post_norm: RMSNorm
+
+    def __call__(self, x: Tensor, angles: Angles, kv: KVView) -> Tensor:
+        x = x.add_(self.attention_post_norm(self.attention(self.attention_norm(x), angles, kv)))
+        return x.add_(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
+
+
+@dataclass(frozen=True)
+class PostNormBlock:
+    """``x += norm(attention(x)); x += norm(mlp(x))`` (OLMo 2, arXiv 2501.00656)."""
+
+    attention: Attention
+    mlp: GatedMLP
+    attention_post_norm: RMSNorm
+    mlp_post_norm: RMSNorm
+
+    def __call__(self, x: Tensor, angles: Angles, kv: KVView) -> Tensor:
+        x = x.add_(self.attention_post_norm(self.attention(x, angles, kv)))
+        return x.add_(self.mlp_post_norm(self.mlp(x)))
+
+
+Block = PreNormBlock | SandwichNormBlock | PostNormBlock
+BLOCKS: Mapping[str, Callable[..., Block]] = {
+    "pre_norm": PreNormBlock,
+    "sandwich_norm": SandwichNormBlock,
+    "post_norm": PostNormBlock,
+}
+"""By `LayerSpec.block`; besides attention and mlp each takes the norms that `spec.BLOCK_NORMS` names."""
+QK_NORMS: Mapping[str, Callable[[RMSNorm, RMSNorm], QKNorm]] = {"per_head": HeadNorm, "whole": WholeNorm}
+
+
+class Decoder:
+    """A model, ready to run.
+
+    Args:
+        spec: what it is.
+        weights: every tensor that `spec.weight_shapes` names, on one device; norms in float32, all others in one type.
+            The tensors are used, not copied.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor]) -> None:
+        self.spec = spec
+        table = weights["embedding"]
+        self.dtype = table.dtype
+        self.device = table.device
+        scale = torch.tensor(spec.embedding_scale, dtype=self.dtype, device=self.device)
+        self._embedding = Embedding(table, scale)
+        self._head = LogitsHead(Linear(table if spec.tied_head else weights["head"]), spec.logit_softcap)
+        self._norm = RMSNorm(weights["norm"], spec.norm_eps)
+        self._blocks = [self._block(layer, f"layers.{index}.", weights) for index, layer in enumerate(spec.layers)]
+        # Layers that rotate alike share the angles, which are computed once per forward pass.
+        ropes: list[RopeSpec] = list(dict.fromkeys(layer.attention.rope for layer in spec.layers))
+        self._rotaries = [
+            Rotary(rope.frequencies(spec.max_position), rope.attention_factor, self.device) for rope in ropes
+        ]
+        self._rope_of = [ropes.index(layer.attention.rope) for layer in spec.layers]
+
+    def _block(self, layer: LayerSpec, prefix: str, weights: Mapping[str, Tensor]) -> Block:
+        own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        mlp = GatedMLP(
+            Linear(own["mlp.gate_up"], own.get("mlp.gate_up_bias")),
+            Linear(own["mlp.down"], own.get("mlp.down_bias")),
+            ACTIVATIONS[layer.mlp.activation],
+        )
+        norms = {name: RMSNorm(own[name], self.spec.norm_eps) for name in BLOCK_NORMS[layer.block]}
+        return BLOCKS[layer.block](attention=self._attention(layer.attention, own), mlp=mlp, **norms)
+
+    def _attention(self, spec: AttentionSpec, own: Mapping[str, Tensor]) -> Attention:
+        norm: QKNorm = NoNorm()
+        if spec.norm != "none":
+            q, k = (RMSNorm(own[f"attention.{name}"], self.spec.norm_eps) for name in ("q_norm", "k_norm"))
+            norm = QK_NORMS[spec.norm](q, k)
+        return Attention(
+            Linear(own["attention.qkv"], own.get("attention.qkv_bias")),
+            Linear(own["attention.out"], own.get("attention.out_bias")),
+            norm,
+            [spec.q_size, spec.kv_size, spec.kv_size],
+            spec.head_dim,
+            spec.scale,
+            spec.window,
+            spec.softcap,
+        )
+
+    def new_cache(self, layout: KVLayout, num_blocks: int) -> KVCache:
+        """An empty cache of the model's type on its device; `layout` is made for this model's spec."""
+        return KVCache(layout, num_blocks, self.dtype, self.device)
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+        """Hidden states after the last norm, [T, hidden_size] in the model's type. Writes the tokens' KV to `cache`."""
+        x = self._embedding(batch.token_ids)
+        angles = [rotary(batch.positions) for rotary in self._rotaries]
+        for index, (block, rope) in enumerate(zip(self._blocks, self._rope_of, strict=True)):
+            keys, values, group = cache.layer(index)
+            kv = KVView(
+                keys, values, batch.slots[group], batch.block_tables[group], batch.query_start, batch.context_lens
+            )
+            x = block(x, angles[rope], kv)
+        return self._norm(x)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of all tokens of the vocabulary, [n, vocab_size] float32, from hidden states [n, hidden_size]."""
+        return self._head(hidden)

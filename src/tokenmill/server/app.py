@@ -1,0 +1,195 @@
+"""The HTTP server: the app built from its parts, and the process that runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import uvicorn
+from fastapi import APIRouter, FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tokenmill.engine.config import EngineConfig
+from tokenmill.errors import ConfigError, RequestError, TokenmillError
+from tokenmill.llm import AsyncLLM
+from tokenmill.registry import Registry
+from tokenmill.server.config import ServerConfig
+from tokenmill.server.errors import response_of
+from tokenmill.server.metrics import Metrics
+from tokenmill.server.middleware.body_limit import BodyLimit
+from tokenmill.server.middleware.request_id import RequestId
+from tokenmill.server.service import Service
+
+__all__ = ["create_app", "serve"]
+
+ROUTES: Registry[APIRouter] = Registry("tokenmill.server.routes", "routes", "ROUTER")
+"""Groups of endpoints: each module defines ``ROUTER``."""
+
+_FLUSH_S = 5.0
+"""How long connections may take to send what is already produced, once the engine is idle."""
+
+
+def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics) -> FastAPI:
+    """The ASGI app. ``app.state.stopping`` is set once the server shuts down."""
+    app = FastAPI(title="tokenmill", openapi_url=None)
+    app.state.service = Service(llm, metrics, config.served_model_name or llm.model_name, int(time.time()))
+    app.state.stopping = False
+    for name in ROUTES.names():
+        app.include_router(ROUTES.get(name))
+    app.add_exception_handler(TokenmillError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_middleware(BodyLimit, limit=int(config.max_body_mib * 2**20))
+    app.add_middleware(RequestId)  # the last one added is the first to see a request
+    return app
+
+
+async def _on_error(request: Request, error: Exception) -> Response:  # noqa: ARG001  # Starlette's signature
+    assert isinstance(error, TokenmillError)
+    return response_of(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """What the framework itself refuses: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    response = response_of(RequestError(code, f"{request.method} {request.url.path}: {error.detail}."))
+    response.headers.update(error.headers or {})
+    return response
+
+
+def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
+    """Serves until SIGTERM or SIGINT; prints one line with the URL when ready.
+
+    The first signal stops admission at once (503 ``shutting_down``), lets running requests finish within
+    ``drain_timeout_s`` and then aborts them. A second signal aborts them now.
+
+    Returns:
+        The exit status, 0 after an orderly end.
+
+    Raises:
+        ConfigError: ``address_unavailable``, before the model is loaded.
+        ModelError: from loading the model.
+    """
+    name = server_config.served_model_name or engine_config.model.model
+    config = dataclasses.replace(server_config, served_model_name=name)
+    with _bind(config) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(_serve(engine_config, config, listener))
+
+
+async def _serve(engine_config: EngineConfig, config: ServerConfig, listener: socket.socket) -> int:
+    metrics = Metrics(config.served_model_name)
+    with _signals() as (stop, hurry):
+        llm = await _unless(stop, AsyncLLM.start(engine_config, metrics))
+        if llm is None:
+            return 0
+        try:
+            app = create_app(llm, config, metrics)
+            server = _Server(app, lambda: _announce(config, listener))
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            await _unless(stop, asyncio.shield(serving))
+            app.state.stopping = True
+            await _unless(hurry, llm.drain(config.drain_timeout_s))
+        finally:
+            await llm.close()  # what still runs learns it now, while the server can still tell the clients
+        server.should_exit = True
+        await serving
+    return 0
+
+
+async def _unless(event: asyncio.Event, work: Awaitable[Any]) -> Any:
+    """The result of `work`, or None when `event` comes first; `work` is then cancelled and has ended."""
+    task = asyncio.ensure_future(work)
+    waiter = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait((task, waiter), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for pending in (task, waiter):
+            pending.cancel()
+        await asyncio.gather(task, waiter, return_exceptions=True)
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn, but signals are ours and readiness is told."""
+
+    def __init__(self, app: FastAPI, on_ready: Callable[[], None]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=int(_FLUSH_S),
+            )
+        )
+        self._on_ready = on_ready
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+
+def _announce(config: ServerConfig, listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    print(f"Serving {config.served_model_name} on http://{shown}:{port}", flush=True)
+
+
+def _bind(config: ServerConfig) -> socket.socket:
+    """A socket that holds the address. It does not listen yet: until the model is loaded, connections are refused."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ConfigError(
+            "address_unavailable", f"Cannot listen on {config.host}:{config.port}: {error.strerror}.", "port"
+        ) from None
+    return listener
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[tuple[asyncio.Event, asyncio.Event]]:
+    """While it lasts, the first SIGTERM or SIGINT sets the first event, and the next one the second."""
+    loop = asyncio.get_running_loop()
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def on_signal(*_: Any) -> None:
+        loop.call_soon_threadsafe(lambda: (hurry if stop.is_set() else stop).set())
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop, hurry
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's loop where there is one."""
+    try:
+        import uvloop
+    except ModuleNotFoundError:
+        return None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory

@@ -1,0 +1,20 @@
+"""Options of the HTTP server."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tokenmill.config import option
+
+__all__ = ["ServerConfig"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """Where the server listens and how it stops."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "port to listen on; 0 takes a free one", low=0, high=65535)
+    served_model_name: str = option("", "name of the model in the API; empty takes the model's own")
+    max_body_mib: float = option(32.0, "largest request body", low=0.001)
+    drain_timeout_s: float = option(30.0, "how long running requests may go on after SIGTERM", low=0)

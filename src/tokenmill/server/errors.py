@@ -1,0 +1,59 @@
+"""Errors as HTTP answers in OpenAI's form.
+
+Source: https://platform.openai.com/docs/guides/error-codes
+"""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.responses import Response
+
+from tokenmill.errors import EngineError, RequestError, TokenmillError, UnavailableError
+from tokenmill.types import JSON
+
+__all__ = ["body_of", "internal_error", "response_of", "status_of"]
+
+_STATUS = {
+    "model_not_found": 404,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "body_too_large": 413,
+    "client_gone": 499,
+    "queue_full": 429,
+}
+"""Codes whose status is not that of their class."""
+
+_CLASS_STATUS: tuple[tuple[type[TokenmillError], int], ...] = ((RequestError, 400), (UnavailableError, 503))
+
+_RETRY_AFTER_S = 1
+"""Sent with every answer that says "not now": a client asks again at once, but not in a tight loop."""
+
+
+def status_of(error: TokenmillError) -> int:
+    """HTTP status of an error: by code, else by class, else 500."""
+    by_class = next((status for cls, status in _CLASS_STATUS if isinstance(error, cls)), 500)
+    return _STATUS.get(error.code, by_class)
+
+
+def body_of(error: TokenmillError) -> JSON:
+    """``{"error": {"message", "type", "param", "code"}}``."""
+    status = status_of(error)
+    if status == 429:
+        kind = "rate_limit_error"
+    elif status >= 500:
+        kind = "server_error"
+    else:
+        kind = "invalid_request_error"
+    return {"error": {"message": error.message, "type": kind, "param": error.field, "code": error.code}}
+
+
+def response_of(error: TokenmillError) -> Response:
+    """The answer to a request that failed before anything was sent."""
+    status = status_of(error)
+    headers = {"retry-after": str(_RETRY_AFTER_S)} if status in (429, 503) else None
+    return Response(msgspec.json.encode(body_of(error)), status, headers, "application/json")
+
+
+def internal_error(request_id: str) -> EngineError:
+    """What a client learns about a mistake of ours: nothing but where to find it in the log."""
+    return EngineError("internal_error", f"The server failed. Its log says more about request {request_id}.")

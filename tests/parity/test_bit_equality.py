@@ -1,0 +1,110 @@
+"""An answer depends on its request alone: bit-equal log probabilities whatever happens around it (fp32)."""
+
+import random
+
+import msgspec
+import pytest
+
+from tokenmill.config import build
+from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.engine import Engine
+from tokenmill.engine.executor import LocalExecutor
+from tokenmill.testing import random_model
+from tokenmill.types import EngineRequest, SamplingParams
+
+TOKENS = 24
+PROMPT = 75
+
+
+@pytest.fixture(scope="module", params=["qwen3", "gemma3_text"])
+def model(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / request.param
+    if request.param == "qwen3":
+        return random_model(folder)
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(1)
+    config = Gemma3TextConfig(
+        vocab_size=260, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, sliding_window=20, query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "full_attention"] * 2, eos_token_id=257,
+    )  # fmt: skip
+    Gemma3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def serve(model, requests, *, chunk=512, caching=True, late=(), preempt_at=-1, **scheduler):
+    """Serves requests together and returns {id: (tokens, every log probability)} and the engine."""
+    config = build(
+        EngineConfig,
+        {
+            "model": {"model": str(model), "dtype": "float32", "max_model_len": 128},
+            "cache": {"block_size": 8, "prefix_caching": caching, "memory_gib": 0.01},
+            "scheduler": {
+                "max_num_seqs": 16,
+                "max_num_batched_tokens": chunk,
+                "starvation_s": 1e9,
+                **scheduler,
+            },
+        },
+    )
+    engine = Engine(config, LocalExecutor(config))
+    results = {}
+    for request in requests:
+        engine.add(request)
+    pending = list(late)
+    while engine.has_work or pending:
+        if engine.events.step == preempt_at:
+            engine.scheduler.preempt(engine.scheduler.running["target"], "the test")
+        for output in engine.step():
+            tokens, logprobs = results.setdefault(output.request_id, ([], []))
+            tokens += output.token_ids
+            logprobs += [entry.logprobs for entry in output.logprobs or []]
+        if pending and engine.events.step % 3 == 0:
+            engine.add(pending.pop())
+    return results, engine
+
+
+def request(name: str, seed: int, length: int = PROMPT, stem: int = 0, temperature: float = 0.0) -> EngineRequest:
+    rng, common = random.Random(seed), random.Random(99)
+    prompt = [common.randrange(250) for _ in range(stem)] + [rng.randrange(250) for _ in range(length - stem)]
+    params = SamplingParams(temperature=temperature, seed=7, max_tokens=TOKENS, ignore_eos=True, logprobs=20)
+    return EngineRequest(request_id=name, prompt_token_ids=prompt, params=params, arrival=0.0)
+
+
+def crowd(count: int, stem: int = 0) -> list[EngineRequest]:
+    return [request(f"other-{i}", 100 + i, 5 + 9 * i % 90, min(stem, 5 + 9 * i % 90)) for i in range(count)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "seeded"])
+def test_an_answer_is_bit_equal_in_any_company(model, temperature):
+    target = request("target", 1, stem=40, temperature=temperature)
+    alone, _ = serve(model, [target])
+    expected = alone["target"]
+    assert len(expected[0]) == TOKENS
+
+    in_batch, _ = serve(model, [*crowd(9), target], late=crowd(14)[9:])
+    assert in_batch["target"] == expected, "batch composition"
+
+    for chunk in (1, 7, 16, 33):
+        chunked, _ = serve(model, [*crowd(3), target], chunk=chunk)
+        assert chunked["target"] == expected, f"chunks of {chunk}"
+
+    first = request("first", 2, stem=40, temperature=temperature)
+    hit, engine = serve(model, [first], late=[target])
+    assert engine.stats().prefix_hits == 40
+    assert hit["target"] == expected, "cache hit"
+
+    again, engine = serve(model, [msgspec.structs.replace(target, request_id="twin")], late=[target])
+    assert engine.stats().prefix_hits > 0
+    assert again["target"] == expected, "whole prompt cached"
+
+    for caching in (True, False):
+        again, engine = serve(model, [*crowd(3), target], preempt_at=9, caching=caching, chunk=64)
+        assert engine.stats().recomputed_tokens > 0
+        assert again["target"] == expected, "preemption"
+
+    padded, engine = serve(model, [target, *crowd(4)], batching="static")
+    assert engine.stats().padded_tokens > 0
+    assert padded["target"] == expected, "padded batch"

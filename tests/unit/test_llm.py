@@ -1,0 +1,227 @@
+"""LLM and AsyncLLM on a tiny random model: what users of vLLM expect, and that nothing is left behind."""
+
+import asyncio
+import contextlib
+import os
+import signal
+
+import pytest
+
+from tokenmill.config import build
+from tokenmill.engine.config import EngineConfig
+from tokenmill.errors import EngineError, ModelError, RequestError, UnavailableError
+from tokenmill.llm import LLM, AsyncLLM
+from tokenmill.types import FinishReason, SamplingParams
+
+
+def config(path, **scheduler) -> EngineConfig:
+    return build(EngineConfig, {"model": {"model": str(path)}, "scheduler": scheduler})
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model_path):
+    return LLM(config=config(tiny_model_path))
+
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+
+def test_prompts_of_every_form(llm):
+    text = llm.generate("hello", GREEDY)[0]
+    ids = llm.tokenizer.encode("hello")
+    assert text.prompt == "hello"
+    assert text.prompt_token_ids == ids
+    for prompt in (ids, {"prompt": "hello"}, {"prompt_token_ids": ids}, ["hello"], [ids]):
+        (output,) = llm.generate(prompt, GREEDY)
+        assert output.outputs[0].token_ids == text.outputs[0].token_ids
+        assert output.finished
+        assert output.outputs[0].finish_reason is FinishReason.LENGTH
+
+
+def test_outputs_keep_the_order_of_the_prompts(llm):
+    prompts = ["a" * length for length in (40, 3, 20)]
+    together = llm.generate(prompts, GREEDY)
+    assert [output.prompt for output in together] == prompts
+    assert [output.outputs[0].text for output in together] == [
+        llm.generate(prompt, GREEDY)[0].outputs[0].text for prompt in prompts
+    ]
+
+
+def test_n_completions_with_a_seed(llm):
+    params = SamplingParams(n=3, seed=5, max_tokens=8, temperature=1.0, ignore_eos=True)
+    first, second = llm.generate(["story", "story"], params)
+    assert [c.index for c in first.outputs] == [0, 1, 2]
+    assert [c.token_ids for c in first.outputs] == [c.token_ids for c in second.outputs]
+    assert len({tuple(c.token_ids) for c in first.outputs}) == 3
+    assert len(first.stats) == 3
+
+
+def test_a_stop_string_ends_the_text_before_it(llm):
+    whole = llm.generate("hello", GREEDY)[0].outputs[0]
+    stop = whole.text[3:5]
+    cut = llm.generate("hello", SamplingParams(temperature=0, max_tokens=12, stop=stop, ignore_eos=True))[0]
+    assert cut.outputs[0].text == whole.text[: whole.text.index(stop)]
+    assert (cut.outputs[0].finish_reason, cut.outputs[0].stop_reason) == (FinishReason.STOP, stop)
+    assert llm.engine.stats().blocks_used == 0
+
+
+def test_logprobs_and_prompt_logprobs(llm):
+    params = SamplingParams(temperature=0, max_tokens=4, logprobs=3, prompt_logprobs=2, ignore_eos=True)
+    (output,) = llm.generate("hello", params)
+    completion = output.outputs[0]
+    assert len(completion.logprobs) == len(completion.token_ids) == 4
+    for token, entry in zip(completion.token_ids, completion.logprobs, strict=True):
+        assert entry.token_ids[0] == token
+        assert entry.rank == 1
+        assert entry.logprobs[1:] == sorted(entry.logprobs[1:], reverse=True)
+        assert len(entry.token_ids) == 4
+    assert output.prompt_logprobs[0] is None
+    assert [entry.token_ids[0] for entry in output.prompt_logprobs[1:]] == output.prompt_token_ids[1:]
+
+
+def test_bad_and_allowed_words(llm):
+    free = llm.generate("hello", GREEDY)[0].outputs[0].text
+    word = next(char for char in free if char.isascii() and char.isalpha())
+    params = SamplingParams(temperature=0, max_tokens=12, bad_words=[word], ignore_eos=True)
+    assert word not in llm.generate("hello", params)[0].outputs[0].text
+    allowed = SamplingParams(temperature=0, max_tokens=6, allowed_token_ids=[5, 6], ignore_eos=True)
+    assert set(llm.generate("hello", allowed)[0].outputs[0].token_ids) <= {5, 6}
+
+
+def test_chat_uses_the_template(llm):
+    (output,) = llm.chat([{"role": "user", "content": "hi"}], GREEDY)
+    assert llm.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False) == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    two = llm.chat([[{"role": "user", "content": "hi"}], [{"role": "user", "content": "ho"}]], GREEDY)
+    assert len(two) == 2
+
+
+def test_a_closed_stream_leaves_nothing_behind(llm):
+    stream = llm.stream("hello", GREEDY)
+    next(stream)
+    assert llm.engine.stats().blocks_used > 0
+    stream.close()
+    assert llm.engine.stats().blocks_used == 0
+    assert not llm.engine.has_work
+
+
+def test_a_stream_adds_up(llm):
+    pieces = list(llm.stream("hello", GREEDY))
+    assert "".join(piece.outputs[0].text for piece in pieces) == llm.generate("hello", GREEDY)[0].outputs[0].text
+    assert pieces[-1].finished
+
+
+def test_a_bad_prompt_in_a_list_refuses_the_call_and_frees_the_others(llm):
+    with pytest.raises(RequestError) as refused:
+        llm.generate(["fine", ""], GREEDY)
+    assert refused.value.code == "empty_prompt"
+    assert not llm.engine.has_work
+
+
+def test_a_model_that_is_not_there():
+    with pytest.raises(ModelError) as error:
+        LLM("/no/such/folder")
+    assert error.value.code == "model_not_found"
+
+
+@contextlib.asynccontextmanager
+async def started(path, **scheduler):
+    llm = await AsyncLLM.start(config(path, **scheduler))
+    try:
+        yield llm
+    finally:
+        await llm.close()
+
+
+async def collect(llm, prompt, params=GREEDY, **fields):
+    return [output async for output in llm.generate(prompt, params, **fields)]
+
+
+async def until_idle(llm):
+    """Steps are reported as they end; the last one reports that all blocks are free."""
+    async with asyncio.timeout(20):
+        while llm.stats.blocks_used or llm.stats.running or llm.stats.waiting:
+            await collect(llm, "x", SamplingParams(max_tokens=1))
+
+
+async def test_async_agrees_with_sync_and_deltas_add_up(tiny_model_path, llm):
+    expected = llm.generate("hello", GREEDY)[0].outputs[0]
+    async with started(tiny_model_path) as engine:
+        assert engine.max_model_len == 512
+        whole, deltas = await asyncio.gather(collect(engine, "hello"), collect(engine, "hello", delta=True))
+        assert whole[-1].outputs[0].token_ids == expected.token_ids
+        assert "".join(item.outputs[0].text for item in deltas) == expected.text
+        assert [item.finished for item in deltas].count(True) == 1
+        assert deltas[-1].stats[0].generated_tokens == 12
+        events = await engine.events(whole[-1].request_id)
+        assert [event.action for event in events][-1] == "finish"
+        assert engine.health().ok
+
+
+async def test_closing_a_stream_aborts_the_request(tiny_model_path):
+    async with started(tiny_model_path) as engine:
+        endless = engine.generate("hello", SamplingParams(max_tokens=None, ignore_eos=True), request_id="endless")
+        await anext(endless)
+        await endless.aclose()
+        await until_idle(engine)
+        assert engine.stats.finished["abort"] == 1
+
+
+async def test_refusals_come_before_the_first_item(tiny_model_path):
+    async with started(tiny_model_path) as engine:
+        with pytest.raises(RequestError) as refused:
+            await collect(engine, [1] * 600)
+        assert refused.value.code == "prompt_too_long"
+        running = engine.generate("hello", SamplingParams(max_tokens=None, ignore_eos=True), request_id="same")
+        await anext(running)
+        with pytest.raises(RequestError, match="under way"):
+            await collect(engine, "hello", request_id="same")
+        await running.aclose()
+
+
+async def test_drain_lets_running_requests_finish_and_refuses_new_ones(tiny_model_path):
+    async with started(tiny_model_path) as engine:
+        running = asyncio.create_task(collect(engine, "hello", SamplingParams(max_tokens=200, ignore_eos=True)))
+        while not engine.stats.running:
+            await asyncio.sleep(0.001)
+        drained = asyncio.create_task(engine.drain(30))
+        await asyncio.sleep(0)
+        with pytest.raises(UnavailableError):
+            await collect(engine, "late")
+        await drained
+        assert (await running)[-1].stats[0].generated_tokens == 200
+
+
+async def test_drain_gives_up_after_its_time(tiny_model_path):
+    async with started(tiny_model_path) as engine:
+        endless = engine.generate("hello", SamplingParams(max_tokens=None, ignore_eos=True))
+        await anext(endless)
+        await engine.drain(0.0)
+        items = [item async for item in endless]
+        assert items[-1].outputs[0].finish_reason in (FinishReason.ABORT, FinishReason.LENGTH)
+
+
+async def test_the_death_of_the_engine_reaches_every_request(tiny_model_path):
+    async with started(tiny_model_path) as engine:
+        endless = [engine.generate(text, SamplingParams(max_tokens=None, ignore_eos=True)) for text in ("a", "b")]
+        for stream in endless:
+            await anext(stream)
+        os.kill(engine._client._process.pid, signal.SIGKILL)
+        for stream in endless:
+            with pytest.raises(EngineError) as died:
+                async for _ in stream:
+                    pass
+            assert died.value.code == "engine_died"
+        assert not engine.health().ok
+        with pytest.raises(EngineError):
+            await collect(engine, "after")
+
+
+async def test_an_engine_that_cannot_start_says_why(tiny_model_path):
+    bad = build(
+        EngineConfig, {"model": {"model": str(tiny_model_path), "max_model_len": 512}, "cache": {"memory_gib": 1e-6}}
+    )
+    with pytest.raises(Exception, match="KV memory") as error:
+        await AsyncLLM.start(bad)
+    assert error.value.code == "kv_memory_too_small"
