@@ -284,3 +284,11 @@ def test_a_checkpoint_in_several_files(tmp_path: Path) -> None:
     tokens = random_tokens(9)
     (logits,) = session.step([(session.start(tokens), LENGTH)])
     assert_close(logits, pair.expected(tokens))
+
+
+@pytest.mark.parametrize("family", FAMILIES.names())
+def test_what_a_configuration_leaves_out_means_the_same(family: str) -> None:
+    said = COMMON | {"num_hidden_layers": 7}
+    theirs = transformers.AutoConfig.for_model(family, **said).to_dict()
+    spec = FAMILIES.get(family).spec
+    assert spec({"model_type": family, **said}) == spec(theirs)

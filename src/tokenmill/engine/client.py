@@ -24,6 +24,7 @@ from tokenmill.types import EngineRequest, EngineStats, ErrorInfo
 __all__ = ["EngineClient"]
 
 _STOP_TIMEOUT_S = 5.0
+_LAST_WORDS_S = 1.0
 
 
 class EngineClient:
@@ -65,11 +66,12 @@ class EngineClient:
         address = f"ipc://{folder / 'engine'}"
         socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
         socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, 0)  # what is sent waits for the engine's next look, however much it is
         socket.bind(address)
         process = await asyncio.create_subprocess_exec(sys.executable, "-m", "tokenmill.engine.process", address)
         client = cls(process, socket, folder)
         try:
-            await client._send(messages.Start(config))
+            await socket.send(messages.encode(messages.Start(config)))
             await client._ready(progress)
         except BaseException:
             await client.close()
@@ -86,6 +88,8 @@ class EngineClient:
             while True:
                 received = asyncio.ensure_future(self._socket.recv())
                 await asyncio.wait((received, ended), return_when=asyncio.FIRST_COMPLETED)
+                if not received.done():  # its last words may still be on the way
+                    await asyncio.wait((received,), timeout=_LAST_WORDS_S)
                 if not received.done():
                     received.cancel()
                     raise EngineError(
@@ -141,7 +145,10 @@ class EngineClient:
     async def _send(self, command: messages.Command) -> None:
         if self.dead is not None:
             raise self.dead
-        await self._socket.send(messages.encode(command))
+        try:
+            await self._socket.send(messages.encode(command), zmq.NOBLOCK)
+        except zmq.Again:  # nobody is connected at the other end
+            raise EngineError("engine_died", "The engine process has ended.") from None
 
     async def close(self) -> None:
         """Ends the process: asks, then terminates, then kills."""

@@ -1,0 +1,136 @@
+"""Measure how accurate a model is on the built-in tasks.
+
+Each accuracy comes with its 95 % interval; the tasks depend on the seed alone, so two models are asked the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import rich
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tokenmill.bench import evaluate
+from tokenmill.cli.command import Command
+from tokenmill.cli.terminal import load, notes
+from tokenmill.engine.config import EngineConfig
+from tokenmill.errors import ConfigError, did_you_mean
+from tokenmill.llm import LLM
+from tokenmill.models.demo import corpus
+from tokenmill.text.chat import encode_chat
+from tokenmill.types import RequestOutput, SamplingParams
+
+__all__ = ["COMMAND", "Evaluated"]
+
+_AT_ONCE = 64
+"""Requests handed over in one call: enough to fill a batch, few enough for the bar to move."""
+
+
+class Evaluated:
+    """An `LLM` as `bench.evaluate` asks for a model; every call shows a line in `bar`.
+
+    Args:
+        context: longest window, in tokens, that bits per byte are measured with.
+    """
+
+    def __init__(self, llm: LLM, context: int, bar: Progress) -> None:
+        self._llm, self._bar = llm, bar
+        self.context = context
+        # Where a model has no token that begins a text, the one that ends a document stands before the next.
+        begin = llm.tokenizer.special_tokens.get("bos_token")
+        known = llm.tokenizer.encode(begin, add_special_tokens=False) if begin else llm.tokenizer.eos_token_ids
+        self.start_token: int = known[-1]
+
+    def chat(
+        self,
+        conversations: Sequence[Sequence[dict[str, Any]]],
+        tools: Sequence[Sequence[dict[str, Any]]],
+        max_tokens: int,
+    ) -> list[str]:
+        """Greedy answers as raw text, tool calls as the model writes them, in order."""
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        asked = [
+            encode_chat(self._llm.tokenizer, list(messages), list(offered) or None)
+            for messages, offered in zip(conversations, tools, strict=True)
+        ]
+        return [output.outputs[0].text for output in self._answered("answers", asked, params)]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, nothing added."""
+        return self._llm.tokenizer.encode(text, add_special_tokens=False)
+
+    def logprobs(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Natural-log probability of every token after the first, per sequence."""
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+        return [
+            _chosen(output) for output in self._answered("windows of text", [list(ids) for ids in token_ids], params)
+        ]
+
+    def _answered(self, what: str, prompts: list[list[int]], params: SamplingParams) -> Iterator[RequestOutput]:
+        line = self._bar.add_task(what, total=len(prompts))
+        for start in range(0, len(prompts), _AT_ONCE):
+            batch = prompts[start : start + _AT_ONCE]
+            yield from self._llm.generate(batch, params)
+            self._bar.advance(line, len(batch))
+
+
+def _chosen(output: RequestOutput) -> list[float]:
+    return [entry.logprobs[0] for entry in output.prompt_logprobs or [] if entry is not None]
+
+
+def run(
+    engine: EngineConfig,
+    n: Annotated[int, typer.Option("-n", metavar="N", min=1, help="Tasks of each kind.")] = 200,
+    task: Annotated[list[str] | None, typer.Option(help="A kind of task; several allowed. All by default.")] = None,
+    files: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Held-out files for bits per byte. All by default.")
+    ] = None,
+    context: Annotated[int, typer.Option(min=2, metavar="N", help="Longest window for bits per byte.")] = 1024,
+    eval_seed: Annotated[int, typer.Option(metavar="N", help="Decides which tasks are asked.")] = evaluate.SEED,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> int:
+    """Measure how accurate a model is on the built-in tasks, with 95 % intervals."""
+    kinds = tuple(task or evaluate.KINDS)
+    for kind in kinds:
+        if kind not in evaluate.KINDS:
+            raise ConfigError(
+                "unknown_choice", f"There is no task {kind!r}. {did_you_mean(kind, evaluate.KINDS)}", "task"
+            )
+    held_out = list(corpus.held_out_files())[:files]
+    bar = Progress(
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()), console=notes
+    )
+    llm = load(engine)
+    with bar:
+        result = evaluate.evaluate(Evaluated(llm, context, bar), n=n, seed=eval_seed, kinds=kinds, files=held_out)
+    if as_json:
+        print(json.dumps({"model": engine.model.model, **dataclasses.asdict(result)}))
+    else:
+        rich.print(_table(result))
+    return 0
+
+
+def _table(result: evaluate.Evaluation) -> Table:
+    table = Table(title="Built-in tasks")
+    for column in ("task", "n", "correct", "accuracy", "95 % interval"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    rows = dict(result.tasks)
+    if result.valid_json is not None:
+        rows["valid JSON"] = result.valid_json
+    for name, score in rows.items():
+        interval = f"{score.low:.1%} to {score.high:.1%}"
+        table.add_row(name, str(score.n), str(score.correct), f"{score.accuracy:.1%}", interval)
+    if (found := result.compression) is not None:
+        table.caption = (
+            f"{found.bits_per_byte:.3f} bits per byte ({found.low:.3f} to {found.high:.3f}) on {found.files} held-out "
+            f"files of {found.bytes} bytes"
+        )
+    return table
+
+
+COMMAND = Command(run, common=("model", "dtype", "threads", "max_num_seqs"))

@@ -1,0 +1,66 @@
+import json
+
+import pytest
+from rich.progress import Progress
+
+from tokenmill.bench import evaluate
+from tokenmill.cli.commands import eval as command
+from tokenmill.cli.commands.eval import Evaluated
+from tokenmill.cli.main import main
+
+
+@pytest.fixture
+def model(llm):
+    return Evaluated(llm, context=16, bar=Progress(disable=True))
+
+
+def test_a_text_begins_with_the_token_that_begins_one_or_else_ends_one(llm, model):
+    assert model.start_token == llm.tokenizer.eos_token_ids[-1]
+    llm.tokenizer.special_tokens = {"bos_token": "^"}
+    assert Evaluated(llm, context=16, bar=Progress(disable=True)).start_token == ord("^")
+
+
+def test_a_model_answers_greedily_and_in_order(model, llm):
+    conversations = [[{"role": "user", "content": str(number)}] for number in range(150)]
+    tools = [[] for _ in conversations]
+    tools[7] = [{"type": "function", "function": {"name": "f"}}]
+    assert model.chat(conversations, tools, max_tokens=5) == ["Hello."] * 150
+    asked = [text for text, _ in llm.asked]
+    assert asked[0] == "user:0;"
+    assert asked[149] == "user:149;"
+    assert "'name': 'f'" in asked[7]
+    assert all(params.greedy and params.max_tokens == 5 for _, params in llm.asked)
+
+
+def test_log_probabilities_are_those_of_every_token_after_the_first(model):
+    assert model.logprobs([[5, 6, 7], [5, 2]]) == [[-6.0, -7.0], [-2.0]]
+
+
+def test_the_command_prints_the_evaluation_as_json(llm, monkeypatch, capsys):
+    monkeypatch.setattr(command, "load", lambda _: llm)
+    with pytest.raises(SystemExit) as left:
+        main(["eval", "-n", "3", "--task", "add", "--task", "copy", "--files", "1", "--json"])
+    assert left.value.code == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["model"] == "demo"
+    assert {kind: score["n"] for kind, score in told["tasks"].items()} == {"add": 3, "copy": 3}
+    assert told["tasks"]["add"]["correct"] == 0
+    assert told["compression"]["files"] == 1
+
+
+def test_the_table_has_a_row_for_every_task(llm, monkeypatch, capsys):
+    monkeypatch.setattr(command, "load", lambda _: llm)
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit):
+        main(["eval", "-n", "1", "--files", "2"])
+    shown = capsys.readouterr().out
+    assert [kind for kind in evaluate.KINDS if kind not in shown] == []
+    assert "bits per byte" in shown
+
+
+def test_a_misspelt_task_is_told_before_the_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(command, "load", lambda _: pytest.fail("loaded"))
+    with pytest.raises(SystemExit) as left:
+        main(["eval", "--task", "ad"])
+    assert left.value.code == 2
+    assert "Did you mean 'add'?" in capsys.readouterr().err
