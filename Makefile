@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 TORCH ?= 2.13.0
-SOURCES := src tests examples
+SOURCES := src tests examples benchmarks
 
 # Without an NVIDIA GPU the CPU build of torch saves several gigabytes.
 TORCH_INDEX := $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
@@ -35,8 +35,9 @@ check: $(STAMP)  ## format, lint, types, import contracts, tests: what must pass
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 
-bench: $(STAMP)  ## accuracy of MODEL=demo on the built-in tasks
-	@$(BIN)/tokenmill eval --model $(MODEL)
+bench: $(STAMP)  ## measure: beside transformers, and batching modes beside each other; results in benchmarks/results
+	@$(BIN)/python benchmarks/against_transformers.py
+	@$(BIN)/python benchmarks/batching.py
 
 $(STAMP): pyproject.toml Makefile
 	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON). Set PYTHON=/path/to/python3.11 or newer."; exit 1; }

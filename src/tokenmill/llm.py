@@ -23,7 +23,7 @@ from tokenmill.engine.events import Event
 from tokenmill.engine.executor import LocalExecutor, Progress
 from tokenmill.engine.messages import Refused, Step
 from tokenmill.errors import EngineError, RequestError, UnavailableError
-from tokenmill.models.loader import resolve
+from tokenmill.models.folder import resolve
 from tokenmill.text.chat import encode_chat
 from tokenmill.text.stream import TextStream
 from tokenmill.text.tokenizer import Tokenizer

@@ -77,7 +77,7 @@ def _label(name: str) -> str:
 
 
 async def test_nothing_is_lost_leaked_or_left_behind():
-    with running_server("demo", "--served-model-name", "demo") as server:
+    with running_server("demo", "--memory-gib", "0.05") as server:
         process = psutil.Process(server.process.pid)
         async with (
             openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,

@@ -112,8 +112,13 @@ class Engine:
             raise RequestError("invalid_token", f"Token ids must be between 0 and {vocab - 1}.", "prompt")
         if request.adapter:
             raise RequestError("unknown_adapter", f"There is no adapter {request.adapter!r}.", "adapter")
-        for field in ("logit_bias", "allowed_token_ids", "stop_token_ids"):
-            ids = getattr(params, field) or ()
+        named = {
+            "logit_bias": params.logit_bias or (),
+            "allowed_token_ids": params.allowed_token_ids or (),
+            "stop_token_ids": params.stop_token_ids,
+            "bad_words_ids": [token for word in params.bad_words_ids for token in word],
+        }
+        for field, ids in named.items():
             if any(not 0 <= token < vocab for token in ids):
                 raise RequestError("invalid_parameter", f"{field} has token ids outside 0..{vocab - 1}.", field)
         room = longest - len(prompt)

@@ -41,15 +41,16 @@ class LocalExecutor:
 
         from tokenmill.engine.runner import Runner
         from tokenmill.kernels.probe import choose_device
-        from tokenmill.models import loader
+        from tokenmill.models.folder import read_generation, resolve
+        from tokenmill.models.loader import load
 
         device = choose_device(config.model.device)
-        path = loader.resolve(config.model.model)
-        decoder = loader.load(path, config.model.dtype, str(device), progress, config.model.max_model_len)
+        path = resolve(config.model.model)
+        decoder = load(path, config.model.dtype, str(device), progress, config.model.max_model_len)
         weights = weight_bytes(decoder.spec, decoder.dtype.itemsize)
         torch.set_num_threads(config.model.threads or (machine().cores if weights > _SMALL_MODEL_BYTES else 1))
         available = torch.cuda.mem_get_info()[0] if device.type == "cuda" else machine().available_bytes
-        eos_ids = loader.read_generation(path).eos_ids
+        eos_ids = read_generation(path).eos_ids
         self.facts = size_memory(config, decoder.spec, decoder.dtype.itemsize, available, eos_ids)
         self._runner = Runner(decoder, self.facts)
 

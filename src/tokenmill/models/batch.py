@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +37,14 @@ class ForwardBatch:
     """[R] int32: tokens of the sequence once this batch is computed."""
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that, on the CPU, take no memory before they are written: numpy asks the system for zeroed pages."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    count = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(count, np.uint8)).view(dtype).view(shape)
+
+
 class KVCache:
     """Keys and values of all layers: ``layout.buffers`` pairs of tensors that a block id indexes.
 
@@ -50,8 +60,8 @@ class KVCache:
     def __init__(self, layout: KVLayout, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         self.num_blocks = num_blocks
         shape = (num_blocks, layout.kv_heads, layout.block_size, layout.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layout.buffers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layout.buffers)]
+        self.keys = [_zeros(shape, dtype, device) for _ in range(layout.buffers)]
+        self.values = [_zeros(shape, dtype, device) for _ in range(layout.buffers)]
         self._layers = {
             layer: (self.keys[buffer], self.values[buffer], group)
             for group, members in enumerate(layout.groups)
@@ -64,9 +74,17 @@ class KVCache:
 
     @torch.inference_mode()
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copies whole blocks, in every buffer; each pair is (from, to). No block may be both."""
-        if not pairs:
-            return
-        source, target = torch.tensor(pairs, device=self.keys[0].device).unbind(1)
-        for cache in (*self.keys, *self.values):
-            cache[target] = cache[source]
+        """Copies whole blocks, in every buffer; each pair is (from, to). A pair sees what the pairs before it wrote."""
+        while pairs:
+            # As many at once as neither read nor write again what one of them writes.
+            written: set[int] = set()
+            count = 0
+            for source, target in pairs:
+                if source in written or target in written:
+                    break
+                written.add(target)
+                count += 1
+            sources, targets = torch.tensor(pairs[:count], device=self.keys[0].device).unbind(1)
+            for cache in (*self.keys, *self.values):
+                cache[targets] = cache[sources]
+            pairs = pairs[count:]

@@ -1,142 +1,25 @@
-"""From a name to a running model: finds the folder, reads its description, checks every tensor, streams the weights."""
+"""From a folder to a running model: checks every tensor, then streams the weights."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from tokenmill.errors import ConfigError, MissingDependencyError, ModelError, did_you_mean
+from tokenmill.errors import ModelError
 from tokenmill.models.decoder import Decoder
-from tokenmill.models.family import FAMILIES, Config, Family, Into, unsupported
+from tokenmill.models.family import Family, Into
+from tokenmill.models.folder import family_of, read_config, read_json, read_spec, resolve_dtype
 from tokenmill.models.spec import ModelSpec, is_norm, weight_shapes
 
-__all__ = ["Generation", "dtype_bytes", "load", "read_generation", "read_spec", "resolve", "resolve_dtype"]
+__all__ = ["dtype_bytes", "load"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-DEMO = Path(__file__).parent / "demo" / "checkpoint"
-_FILES = ["*.json", "*.safetensors", "*.jinja"]
-
-
-def resolve(model: str) -> Path:
-    """The folder of a model.
-
-    Args:
-        model: ``demo`` for the built-in one, a folder, or a Hugging Face id, which is downloaded unless it is in the
-            local cache; ``HF_HUB_OFFLINE=1`` forbids the download.
-
-    Raises:
-        ModelError: ``model_not_found``.
-        MissingDependencyError: a hub id is given and huggingface_hub is not installed.
-    """
-    if model == "demo":
-        return DEMO
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith(("./", "../")):
-        raise ModelError("model_not_found", f"There is no model folder {model!r}.", "model")
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise MissingDependencyError("huggingface_hub", f"Fetching {model!r}", "hf") from None
-    try:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=_FILES))
-    except Exception as error:  # errors of hub and network share no base; each means that the model cannot be had
-        raise ModelError(
-            "model_not_found", f"There is no folder {model!r}, and the hub did not give it: {error}", "model"
-        ) from error
-
-
-def read_spec(path: Path, max_model_len: int = 0) -> ModelSpec:
-    """What the model in folder `path` is, from its ``config.json``. Reads no weights.
-
-    Args:
-        max_model_len: the longest sequence that will be computed, if less than the model's own; longrope picks its
-            frequencies by it.
-
-    Raises:
-        ModelError: ``model_not_found`` without a readable config.json, ``unsupported_model`` for an unknown family or a
-            feature that does not exist here, ``checkpoint_mismatch`` for a configuration that lacks something.
-    """
-    config = _read_config(path)
-    spec = _family(config).spec(config)
-    return replace(spec, max_position=min(max_model_len, spec.max_position)) if max_model_len else spec
-
-
-def _read_config(path: Path) -> Config:
-    config = _read_json(path / "config.json")
-    if config is None:
-        raise ModelError("model_not_found", f"{path} is not a model folder: it has no config.json.", "model")
-    return config
-
-
-def _read_json(file: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError as error:
-        raise ModelError("checkpoint_mismatch", f"{file} is not valid JSON: {error}.", file.name) from None
-    if not isinstance(content, dict):
-        raise ModelError("checkpoint_mismatch", f"{file} does not hold a JSON object.", file.name)
-    return content
-
-
-def _family(config: Config) -> Family:
-    model_type = str(config.get("model_type", ""))
-    if config.get("quantization_config"):
-        raise unsupported("its weights are quantized", "quantization_config")
-    try:
-        return FAMILIES.get(model_type)
-    except ConfigError as error:
-        if error.code != "unknown_choice":
-            raise
-        known = did_you_mean(model_type, FAMILIES.names())
-        raise unsupported(f"there is no model family {model_type!r}. {known}", "model_type") from None
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What the model's makers recommend for generating."""
-
-    eos_ids: tuple[int, ...] = ()
-    """Tokens that end a text."""
-    sampling: Mapping[str, float] = field(default_factory=dict)
-    """Values for fields of `SamplingParams`; empty when the makers sample greedily or say nothing."""
-
-
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-
-
-def read_generation(path: Path) -> Generation:
-    """Reads ``generation_config.json``, and the end-of-text tokens from ``config.json`` if it names none.
-
-    Raises:
-        ModelError: ``model_not_found`` without config.json, ``checkpoint_mismatch`` for malformed JSON.
-    """
-    said = _read_json(path / "generation_config.json") or {}
-    eos = said.get("eos_token_id")
-    if eos is None:
-        eos = _read_config(path).get("eos_token_id")
-    ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-    sampling = {key: said[key] for key in _SAMPLING if said.get(key) is not None} if said.get("do_sample") else {}
-    return Generation(ids, sampling)
-
-
-def resolve_dtype(path: Path, dtype: str) -> str:
-    """``float32`` or ``bfloat16``; ``auto`` is the checkpoint's type, with bfloat16 for every 16-bit one."""
-    if dtype != "auto":
-        return dtype
-    config = _read_config(path)
-    return "bfloat16" if (config.get("dtype") or config.get("torch_dtype")) in ("bfloat16", "float16") else "float32"
 
 
 def dtype_bytes(dtype: str) -> int:
@@ -166,7 +49,7 @@ def load(
         ModelError: as `read_spec`; and ``checkpoint_mismatch`` when a tensor is missing, left over or of a wrong shape.
     """
     spec = read_spec(path, max_model_len)
-    family = _family(_read_config(path))
+    family = family_of(read_config(path))
     kind = DTYPES[resolve_dtype(path, dtype)]
     with ExitStack() as stack:
         files = [stack.enter_context(safe_open(file, framework="pt")) for file in _weight_files(path)]
@@ -195,7 +78,7 @@ def _count(shape: tuple[int, ...]) -> int:
 
 def _weight_files(path: Path) -> list[Path]:
     """The safetensors files of a folder, as its index says if it has one."""
-    index = _read_json(path / "model.safetensors.index.json")
+    index = read_json(path / "model.safetensors.index.json")
     names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
     for name in names:
         if not (path / name).is_file():

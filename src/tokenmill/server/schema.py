@@ -72,8 +72,10 @@ class _Request(_Strict):
     cache_salt: str = ""
     priority: Int = 0
 
+    user: str | None = None
+    """Who is served: the tenant between whom `fair_share` and `round_robin` share."""
+
     # OpenAI's parameters for its own platform; they change nothing here.
-    user: Any = None
     metadata: Any = None
     store: Any = None
     service_tier: Any = None

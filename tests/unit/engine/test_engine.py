@@ -93,6 +93,7 @@ def test_stop_token_and_end_of_text():
         ({"adapter": "x"}, "unknown_adapter", "adapter"),
         ({"params": SamplingParams(stop_token_ids=[1000])}, "invalid_parameter", "stop_token_ids"),
         ({"params": SamplingParams(logit_bias={1000: 1.0})}, "invalid_parameter", "logit_bias"),
+        ({"params": SamplingParams(bad_words_ids=[[1, 1000]])}, "invalid_parameter", "bad_words_ids"),
     ],
 )
 def test_what_cannot_be_served_is_refused_before_anything_is_allocated(change, code, field):

@@ -42,3 +42,11 @@ def test_no_copies_change_nothing() -> None:
     before, after = cache(), cache()
     after.copy_blocks([])
     assert torch.equal(before.keys[0], after.keys[0])
+
+
+def test_a_copy_sees_what_the_copies_before_it_wrote() -> None:
+    before, after = cache(), cache()
+    after.copy_blocks([(1, 4), (4, 5), (2, 4), (4, 6)])
+    source = [0, 1, 2, 3, 2, 1, 2]
+    for old, new in zip((*before.keys, *before.values), (*after.keys, *after.values), strict=True):
+        assert torch.equal(new, old[source])

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenmill.errors import MissingDependencyError, ModelError
+from tokenmill.models import folder as folders
 from tokenmill.models import loader
 from tokenmill.models.config import ModelConfig
 
@@ -75,8 +76,8 @@ def test_loads_in_the_checkpoints_type_or_the_one_asked_for(folder: Path) -> Non
 )
 def test_auto_is_the_checkpoints_type(tmp_path: Path, said: dict[str, Any], meant: str) -> None:
     write(tmp_path, {}, **said)
-    assert loader.resolve_dtype(tmp_path, "auto") == meant
-    assert loader.resolve_dtype(tmp_path, "float32") == "float32"
+    assert folders.resolve_dtype(tmp_path, "auto") == meant
+    assert folders.resolve_dtype(tmp_path, "float32") == "float32"
     assert (loader.dtype_bytes("float32"), loader.dtype_bytes("bfloat16")) == (4, 2)
 
 
@@ -170,42 +171,42 @@ def test_malformed_configuration(tmp_path: Path, content: str) -> None:
 
 
 def test_a_shorter_limit_is_the_models_longest_sequence(folder: Path) -> None:
-    assert loader.read_spec(folder).max_position == 32
-    assert loader.read_spec(folder, 16).max_position == 16
-    assert loader.read_spec(folder, 64).max_position == 32
-    assert loader.load(folder, max_model_len=16).spec == loader.read_spec(folder, 16)
+    assert folders.read_spec(folder).max_position == 32
+    assert folders.read_spec(folder, 16).max_position == 16
+    assert folders.read_spec(folder, 64).max_position == 32
+    assert loader.load(folder, max_model_len=16).spec == folders.read_spec(folder, 16)
 
 
 def test_the_end_of_text_comes_from_the_generation_configuration_first(folder: Path) -> None:
-    assert loader.read_generation(folder) == loader.Generation((2,), {})
+    assert folders.read_generation(folder) == folders.Generation((2,), {})
     said = {"eos_token_id": [4, 5], "do_sample": True, "temperature": 0.6, "top_p": None, "max_length": 9}
     (folder / "generation_config.json").write_text(json.dumps(said))
-    assert loader.read_generation(folder) == loader.Generation((4, 5), {"temperature": 0.6})
+    assert folders.read_generation(folder) == folders.Generation((4, 5), {"temperature": 0.6})
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "do_sample": False}))
-    assert loader.read_generation(folder) == loader.Generation((2,), {})
+    assert folders.read_generation(folder) == folders.Generation((2,), {})
 
 
 def test_a_model_without_an_end_of_text(tmp_path: Path) -> None:
-    assert loader.read_generation(write(tmp_path, {}, eos_token_id=None)).eos_ids == ()
+    assert folders.read_generation(write(tmp_path, {}, eos_token_id=None)).eos_ids == ()
 
 
 def test_resolve_takes_folders_as_they_are(tmp_path: Path) -> None:
-    assert loader.resolve(str(tmp_path)) == tmp_path
-    assert loader.resolve("demo").parts[-2:] == ("demo", "checkpoint")
+    assert folders.resolve(str(tmp_path)) == tmp_path
+    assert folders.resolve("demo").parts[-2:] == ("demo", "checkpoint")
 
 
 @pytest.mark.parametrize("model", ["./nothing/here", "/no/such/folder", "nothing", "a/b/c"])
 def test_resolve_does_not_take_a_mistyped_folder_for_a_hub_id(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ModelError) as caught:
-        loader.resolve(model)
+        folders.resolve(model)
     assert caught.value.code == "model_not_found"
 
 
 def test_resolve_asks_the_hub_for_ids(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hub = pytest.importorskip("huggingface_hub")
     monkeypatch.setattr(hub, "snapshot_download", lambda model, **_: str(tmp_path / model))
-    assert loader.resolve("someone/model-1.0") == tmp_path / "someone" / "model-1.0"
+    assert folders.resolve("someone/model-1.0") == tmp_path / "someone" / "model-1.0"
 
 
 @pytest.mark.parametrize("error", [OSError("offline"), ValueError("no such name"), Exception("no such revision")])
@@ -217,7 +218,7 @@ def test_a_hub_that_fails_is_a_model_not_found(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(hub, "snapshot_download", fail)
     with pytest.raises(ModelError, match=str(error)) as caught:
-        loader.resolve("someone/model")
+        folders.resolve("someone/model")
     assert caught.value.code == "model_not_found"
 
 
@@ -226,14 +227,14 @@ def test_offline_never_reaches_for_the_network(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ModelError) as caught:
-        loader.resolve("someone/model-that-is-not-cached")
+        folders.resolve("someone/model-that-is-not-cached")
     assert caught.value.code == "model_not_found"
 
 
 def test_without_the_hubs_package_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingDependencyError, match="tokenmill\\[hf\\]"):
-        loader.resolve("someone/model")
+        folders.resolve("someone/model")
 
 
 def test_options_default_to_the_built_in_model() -> None:

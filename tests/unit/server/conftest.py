@@ -46,6 +46,7 @@ class Call:
     priority: int
     cache_salt: str
     delta: bool
+    tenant: str
 
 
 class ScriptedLLM:
@@ -91,8 +92,9 @@ class ScriptedLLM:
         priority: int = 0,
         cache_salt: str = "",
         delta: bool = False,
+        tenant: str = "",
     ) -> AsyncIterator[RequestOutput]:
-        self.calls.append(Call(prompt, params, request_id, priority, cache_salt, delta))
+        self.calls.append(Call(prompt, params, request_id, priority, cache_salt, delta, tenant))
         if self.refusal is not None:
             raise self.refusal
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt

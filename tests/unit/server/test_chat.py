@@ -160,6 +160,7 @@ async def test_parameters_reach_the_engine(client: openai.AsyncOpenAI, llm: Any)
             "include_stop_str_in_output": True,
             "cache_salt": "salt",
             "priority": 3,
+            "user": "me",
         },
     )
     [call] = llm.calls
@@ -185,7 +186,7 @@ async def test_parameters_reach_the_engine(client: openai.AsyncOpenAI, llm: Any)
         skip_special_tokens=False,
         include_stop_str_in_output=True,
     )
-    assert (call.cache_salt, call.priority, call.delta) == ("salt", 3, False)
+    assert (call.cache_salt, call.priority, call.tenant, call.delta) == ("salt", 3, "me", False)
 
 
 async def test_without_a_limit_the_answer_may_fill_the_context(client: openai.AsyncOpenAI, llm: Any) -> None:
@@ -199,7 +200,6 @@ async def test_parameters_of_openais_platform_change_nothing(client: openai.Asyn
     await client.chat.completions.create(
         model="scripted",
         messages=USER,
-        user="me",
         metadata={"a": "b"},
         store=False,
         service_tier="auto",

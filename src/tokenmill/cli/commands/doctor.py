@@ -60,7 +60,7 @@ def _torch() -> dict[str, Any] | None:
         return None
     from tokenmill.kernels import OPS
     from tokenmill.kernels.probe import choose_device, probe
-    from tokenmill.models.loader import resolve, resolve_dtype
+    from tokenmill.models.folder import resolve, resolve_dtype
 
     device = choose_device("auto")
     kernels = [(op.name, op.active(device)) for op in OPS]

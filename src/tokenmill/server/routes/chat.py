@@ -52,6 +52,7 @@ async def chat(request: Request) -> Response:
             params,
             request_id=answer_id,
             priority=body.priority,
+            tenant=body.user or "",
             cache_salt=body.cache_salt,
             delta=stream,
         ),

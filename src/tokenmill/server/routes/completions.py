@@ -44,6 +44,7 @@ async def completions(request: Request) -> Response:
                 params,
                 request_id=f"{answer_id}-{number}",
                 priority=body.priority,
+                tenant=body.user or "",
                 cache_salt=body.cache_salt,
                 delta=stream,
             ),
