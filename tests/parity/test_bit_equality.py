@@ -1,4 +1,7 @@
-"""An answer depends on its request alone: bit-equal log probabilities whatever happens around it (fp32)."""
+"""An answer depends on its request alone: bit-equal log probabilities whatever happens around it.
+
+In float32 through the reference operators, and in bfloat16 through the native kernels where they are built.
+"""
 
 import random
 
@@ -12,6 +15,7 @@ from tokenmill.engine.executor import LocalExecutor
 from tokenmill.testing import random_model
 from tokenmill.types import EngineRequest, SamplingParams
 
+BLOCK = {"float32": 8, "bfloat16": 16}
 TOKENS = 24
 PROMPT = 75
 
@@ -34,13 +38,13 @@ def model(request, tmp_path_factory):
     return folder
 
 
-def serve(model, requests, *, chunk=512, caching=True, late=(), preempt_at=-1, **scheduler):
+def serve(model, requests, *, dtype, chunk=512, caching=True, late=(), preempt_at=-1, **scheduler):
     """Serves requests together and returns {id: (tokens, every log probability)} and the engine."""
     config = build(
         EngineConfig,
         {
-            "model": {"model": str(model), "dtype": "float32", "max_model_len": 128},
-            "cache": {"block_size": 8, "prefix_caching": caching, "memory_gib": 0.01},
+            "model": {"model": str(model), "dtype": dtype, "max_model_len": 128},
+            "cache": {"block_size": BLOCK[dtype], "prefix_caching": caching, "memory_gib": 0.01},
             "scheduler": {
                 "max_num_seqs": 16,
                 "max_num_batched_tokens": chunk,
@@ -77,34 +81,38 @@ def crowd(count: int, stem: int = 0) -> list[EngineRequest]:
     return [request(f"other-{i}", 100 + i, 5 + 9 * i % 90, min(stem, 5 + 9 * i % 90)) for i in range(count)]
 
 
+@pytest.mark.parametrize("dtype", BLOCK)
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "seeded"])
-def test_an_answer_is_bit_equal_in_any_company(model, temperature):
+def test_an_answer_is_bit_equal_in_any_company(model, dtype, temperature):
+    def serve_all(requests, **options):
+        return serve(model, requests, dtype=dtype, **options)
+
     target = request("target", 1, stem=40, temperature=temperature)
-    alone, _ = serve(model, [target])
+    alone, _ = serve_all([target])
     expected = alone["target"]
     assert len(expected[0]) == TOKENS
 
-    in_batch, _ = serve(model, [*crowd(9), target], late=crowd(14)[9:])
+    in_batch, _ = serve_all([*crowd(9), target], late=crowd(14)[9:])
     assert in_batch["target"] == expected, "batch composition"
 
     for chunk in (1, 7, 16, 33):
-        chunked, _ = serve(model, [*crowd(3), target], chunk=chunk)
+        chunked, _ = serve_all([*crowd(3), target], chunk=chunk)
         assert chunked["target"] == expected, f"chunks of {chunk}"
 
     first = request("first", 2, stem=40, temperature=temperature)
-    hit, engine = serve(model, [first], late=[target])
-    assert engine.stats().prefix_hits == 40
+    hit, engine = serve_all([first], late=[target])
+    assert engine.stats().prefix_hits == 40 // BLOCK[dtype] * BLOCK[dtype]
     assert hit["target"] == expected, "cache hit"
 
-    again, engine = serve(model, [msgspec.structs.replace(target, request_id="twin")], late=[target])
+    again, engine = serve_all([msgspec.structs.replace(target, request_id="twin")], late=[target])
     assert engine.stats().prefix_hits > 0
     assert again["target"] == expected, "whole prompt cached"
 
     for caching in (True, False):
-        again, engine = serve(model, [*crowd(3), target], preempt_at=9, caching=caching, chunk=64)
+        again, engine = serve_all([*crowd(3), target], preempt_at=9, caching=caching, chunk=64)
         assert engine.stats().recomputed_tokens > 0
         assert again["target"] == expected, "preemption"
 
-    padded, engine = serve(model, [target, *crowd(4)], batching="static")
+    padded, engine = serve_all([target, *crowd(4)], batching="static")
     assert engine.stats().padded_tokens > 0
     assert padded["target"] == expected, "padded batch"

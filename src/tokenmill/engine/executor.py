@@ -46,9 +46,25 @@ class LocalExecutor:
 
         device = choose_device(config.model.device)
         path = resolve(config.model.model)
-        decoder = load(path, config.model.dtype, str(device), progress, config.model.max_model_len)
+        decoder = load(
+            path,
+            config.model.dtype,
+            device,
+            progress,
+            config.model.max_model_len,
+            config.model.quantize,
+            config.cache.block_size,
+        )
         weights = weight_bytes(decoder.spec, decoder.dtype.itemsize)
-        torch.set_num_threads(config.model.threads or (machine().cores if weights > _SMALL_MODEL_BYTES else 1))
+        threads = config.model.threads or machine().cores
+        if decoder.native:
+            # One team of threads: what torch still does beside the native kernels is small.
+            from tokenmill.kernels.cpu import _native
+
+            _native.set_thread_count(threads)
+            torch.set_num_threads(1)
+        else:
+            torch.set_num_threads(config.model.threads or (threads if weights > _SMALL_MODEL_BYTES else 1))
         available = torch.cuda.mem_get_info()[0] if device.type == "cuda" else machine().available_bytes
         eos_ids = read_generation(path).eos_ids
         self.facts = size_memory(config, decoder.spec, decoder.dtype.itemsize, available, eos_ids)

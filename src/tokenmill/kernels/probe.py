@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 
 import torch
 
 from tokenmill.errors import ConfigError
 
-__all__ = ["Accelerator", "Probe", "choose_device", "probe"]
+__all__ = ["Accelerator", "Probe", "choose_device", "native_isa", "probe"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,15 @@ def _accelerator(index: int) -> Accelerator:
         capability=capability,
         bf16=capability >= (8, 0),
     )
+
+
+def native_isa() -> str | None:
+    """The instruction set that the native CPU kernels use on this machine; None where they are not built."""
+    if importlib.util.find_spec("tokenmill.kernels.cpu._native") is None:
+        return None
+    from tokenmill.kernels.cpu import _native
+
+    return str(_native.isa())
 
 
 def choose_device(name: str = "auto") -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from tokenmill.config import option
+from tokenmill.quant.scheme import FORMATS
 
 __all__ = ["ModelConfig"]
 
@@ -16,6 +17,11 @@ class ModelConfig:
     model: str = option("demo", "`demo` for the built-in model, a folder, or a Hugging Face id")
     dtype: str = option(
         "auto", "type of weights and KV; auto is the checkpoint's", choices=("auto", "float32", "bfloat16")
+    )
+    quantize: str = option(
+        "none",
+        "round embedding, head and linear layers to fewer bits while loading",
+        choices=("none", *FORMATS.names()),
     )
     device: str = option("auto", "where to compute; auto is cuda if there is one", choices=("auto", "cpu", "cuda"))
     max_model_len: int = option(0, "longest sequence in tokens; 0 is what model and memory allow", low=0)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from tokenmill.kernels.probe import native_isa
 from tokenmill.layers.attention import Attention, HeadNorm, KVView, NoNorm, QKNorm, WholeNorm
 from tokenmill.layers.embedding import Embedding, LogitsHead
 from tokenmill.layers.linear import Linear
@@ -22,7 +24,10 @@ from tokenmill.models.batch import ForwardBatch, KVCache
 from tokenmill.models.rope import RopeSpec
 from tokenmill.models.spec import BLOCK_NORMS, AttentionSpec, KVLayout, LayerSpec, ModelSpec
 
-__all__ = ["Decoder", "PostNormBlock", "PreNormBlock", "SandwichNormBlock"]
+if TYPE_CHECKING:
+    from tokenmill.layers.native import NativeBlock
+
+__all__ = ["Decoder", "PostNormBlock", "PreNormBlock", "SandwichNormBlock", "usable"]
 
 Angles = tuple[Tensor, Tensor]
 """Cosine and sine of the tokens' positions, both [T, R/2] float32."""
@@ -82,25 +87,60 @@ BLOCKS: Mapping[str, Callable[..., Block]] = {
 QK_NORMS: Mapping[str, Callable[[RMSNorm, RMSNorm], QKNorm]] = {"per_head": HeadNorm, "whole": WholeNorm}
 
 
+def _own(index: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Takes the weights of one layer out of all, so that what a layer packs is not kept twice."""
+    prefix = f"layers.{index}."
+    names = [name for name in weights if name.startswith(prefix)]
+    return {name.removeprefix(prefix): weights.pop(name) for name in names}
+
+
+def usable(spec: ModelSpec, dtype: torch.dtype, device: torch.device, block_size: int) -> bool:
+    """Whether a model can run on the native CPU kernels: they are built, and made for its type and sizes."""
+    if device.type != "cpu" or not block_size or native_isa() is None:
+        return False
+    from tokenmill.layers.native import serves
+
+    return all(serves(dtype, block_size, layer.attention.head_dim) for layer in spec.layers)
+
+
 class Decoder:
     """A model, ready to run.
 
     Args:
         spec: what it is.
         weights: every tensor that `spec.weight_shapes` names, on one device; norms in float32, all others in one type.
-            The tensors are used, not copied.
+            The tensors are used, not copied, but native layers take theirs out and pack them.
+        native: the format to which the layers pack their weights for the native CPU kernels (``bf16``, ``int8`` or
+            ``int4``); empty for the plain operators. See `usable` for when there is a choice.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, spec: ModelSpec, weights: dict[str, Tensor], native: Literal["", "bf16", "int8", "int4"] = ""
+    ) -> None:
         self.spec = spec
+        self.native = bool(native)
         table = weights["embedding"]
         self.dtype = table.dtype
         self.device = table.device
         scale = torch.tensor(spec.embedding_scale, dtype=self.dtype, device=self.device)
         self._embedding = Embedding(table, scale)
-        self._head = LogitsHead(Linear(table if spec.tied_head else weights["head"]), spec.logit_softcap)
-        self._norm = RMSNorm(weights["norm"], spec.norm_eps)
-        self._blocks = [self._block(layer, f"layers.{index}.", weights) for index, layer in enumerate(spec.layers)]
+        head = table if spec.tied_head else weights.pop("head")
+        self._norm: Callable[[Tensor], Tensor]
+        self._head: Callable[[Tensor], Tensor]
+        self._blocks: list[Block | NativeBlock]
+        if native:
+            from tokenmill.models.native import native_block, native_head
+
+            end = native_head(spec, weights["norm"], head, native)
+            self._norm, self._head = end.normed, end
+            self._blocks = [
+                native_block(layer, _own(index, weights), spec.norm_eps, native)
+                for index, layer in enumerate(spec.layers)
+            ]
+        else:
+            self._norm = RMSNorm(weights["norm"], spec.norm_eps)
+            self._head = LogitsHead(Linear(head), spec.logit_softcap)
+            self._blocks = [self._block(layer, _own(index, weights)) for index, layer in enumerate(spec.layers)]
         # Layers that rotate alike share the angles, which are computed once per forward pass.
         ropes: list[RopeSpec] = list(dict.fromkeys(layer.attention.rope for layer in spec.layers))
         self._rotaries = [
@@ -108,8 +148,7 @@ class Decoder:
         ]
         self._rope_of = [ropes.index(layer.attention.rope) for layer in spec.layers]
 
-    def _block(self, layer: LayerSpec, prefix: str, weights: Mapping[str, Tensor]) -> Block:
-        own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    def _block(self, layer: LayerSpec, own: Mapping[str, Tensor]) -> Block:
         mlp = GatedMLP(
             Linear(own["mlp.gate_up"], own.get("mlp.gate_up_bias")),
             Linear(own["mlp.down"], own.get("mlp.down_bias")),

@@ -9,6 +9,7 @@ import torch
 
 from tokenmill import kernels
 from tokenmill.errors import ConfigError
+from tokenmill.kernels import cpu
 from tokenmill.kernels.dispatch import Op
 
 
@@ -46,13 +47,13 @@ def plugins(monkeypatch):
 def native(monkeypatch, tmp_path):
     """Puts files into a folder of native kernels, as if `tokenmill/kernels` had it."""
     monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
+    monkeypatch.setattr(cpu, "__path__", [*cpu.__path__, str(tmp_path / "cpu")])
     yield lambda backend, source: (
         (tmp_path / backend).mkdir(exist_ok=True),
         (tmp_path / backend / "double.py").write_text(source),
     )
-    for name in [
-        name for name in sys.modules if name.startswith(("tokenmill.kernels.cpu", "tokenmill.kernels.triton"))
-    ]:
+    made = [name for name, module in sys.modules.items() if str(tmp_path) in str(getattr(module, "__spec__", ""))]
+    for name in made:
         del sys.modules[name]
 
 

@@ -59,7 +59,7 @@ def _torch() -> dict[str, Any] | None:
     if _version("torch") is None:
         return None
     from tokenmill.kernels import OPS
-    from tokenmill.kernels.probe import choose_device, probe
+    from tokenmill.kernels.probe import choose_device, native_isa, probe
     from tokenmill.models.folder import resolve, resolve_dtype
 
     device = choose_device("auto")
@@ -68,6 +68,7 @@ def _torch() -> dict[str, Any] | None:
         **dataclasses.asdict(probe()),
         "device": str(device),
         "dtype": resolve_dtype(resolve("demo"), "auto"),
+        "native": native_isa(),
         "kernels": {name: {"source": active.source, "reason": active.reason} for name, active in kernels},
     }
 
@@ -103,12 +104,19 @@ def _facts(found: dict[str, Any], here: Machine) -> Table:
             table.add_row(gpu["device"], text)
         why = "torch sees no CUDA device" if torch["device"] == "cpu" else "the first CUDA device"
         table.add_row("device", f"{torch['device']} ({why}); --device chooses another")
+        table.add_row("native kernels", _native(torch["native"]))
         table.add_row("dtype", f"{torch['dtype']} (the built-in model's own type; --dtype chooses another)")
     return table
 
 
+def _native(isa: str | None) -> str:
+    if isa is None:
+        return "not built: the plain operators run. A C++20 compiler and a new installation of tokenmill bring them"
+    return f"{isa}: bfloat16 models on the CPU with blocks of a multiple of 16 tokens; all others run plain operators"
+
+
 def _kernels(torch: dict[str, Any]) -> Table:
-    table = Table(title=f"Kernels on {torch['device']}", title_justify="left")
+    table = Table(title=f"Plain operators on {torch['device']}", title_justify="left")
     for column in ("operation", "implementation", "why"):
         table.add_column(column)
     for name, active in torch["kernels"].items():

@@ -1,12 +1,14 @@
 """Measure how accurate a model is on the built-in tasks.
 
-Each accuracy comes with its 95 % interval; the tasks depend on the seed alone, so two models are asked the same.
+Each accuracy comes with its 95 % interval; the tasks depend on the seed alone, so two models are asked the same. With
+``--quantize`` the model as it is is measured too, and the two are compared.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
@@ -25,10 +27,16 @@ from tokenmill.models.demo import corpus
 from tokenmill.text.chat import encode_chat
 from tokenmill.types import RequestOutput, SamplingParams
 
-__all__ = ["COMMAND", "Evaluated"]
+__all__ = ["COMMAND", "Evaluated", "divergence"]
 
 _AT_ONCE = 64
 """Requests handed over in one call: enough to fill a batch, few enough for the bar to move."""
+
+_LIKELIEST = 64
+"""Tokens whose probabilities are compared at each place of a text."""
+
+_COMPARED = 24
+"""Windows of text that two models are compared on: 24,000 places say the mean to a few per cent."""
 
 
 class Evaluated:
@@ -71,6 +79,16 @@ class Evaluated:
             _chosen(output) for output in self._answered("windows of text", [list(ids) for ids in token_ids], params)
         ]
 
+    def likeliest(self, token_ids: Sequence[Sequence[int]]) -> list[dict[int, float]]:
+        """At every place of all sequences, the likeliest next tokens with their natural-log probabilities."""
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=_LIKELIEST)
+        return [
+            dict(zip(entry.token_ids, entry.logprobs, strict=True))
+            for output in self._answered("places compared", [list(ids) for ids in token_ids], params)
+            for entry in output.prompt_logprobs or []
+            if entry is not None
+        ]
+
     def _answered(self, what: str, prompts: list[list[int]], params: SamplingParams) -> Iterator[RequestOutput]:
         line = self._bar.add_task(what, total=len(prompts))
         for start in range(0, len(prompts), _AT_ONCE):
@@ -81,6 +99,29 @@ class Evaluated:
 
 def _chosen(output: RequestOutput) -> list[float]:
     return [entry.logprobs[0] for entry in output.prompt_logprobs or [] if entry is not None]
+
+
+def divergence(base: Sequence[dict[int, float]], other: Sequence[dict[int, float]]) -> float:
+    """Mean Kullback-Leibler divergence of `other` from `base` in nats.
+
+    Of each place some tokens' log probabilities are known. Those that only one side knows count as one token, so the
+    result is a lower bound, near the truth when what is known is nearly all.
+    """
+    total = 0.0
+    for p, q in zip(base, other, strict=True):
+        both = p.keys() & q.keys()
+        total += math.fsum(math.exp(p[token]) * (p[token] - q[token]) for token in both)
+        rest_p, rest_q = (max(1e-9, 1 - math.fsum(math.exp(known[token]) for token in both)) for known in (p, q))
+        total += rest_p * math.log(rest_p / rest_q)
+    return total / len(base) if base else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """One model: its evaluation, and the likeliest tokens where two are compared."""
+
+    result: evaluate.Evaluation
+    likeliest: list[dict[int, float]]
 
 
 def run(
@@ -102,21 +143,50 @@ def run(
                 "unknown_choice", f"There is no task {kind!r}. {did_you_mean(kind, evaluate.KINDS)}", "task"
             )
     held_out = list(corpus.held_out_files())[:files]
-    bar = Progress(
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()), console=notes
-    )
-    llm = load(engine)
-    with bar:
-        result = evaluate.evaluate(Evaluated(llm, context, bar), n=n, seed=eval_seed, kinds=kinds, files=held_out)
+    plain = dataclasses.replace(engine, model=dataclasses.replace(engine.model, quantize="none"))
+    compared = engine != plain
+
+    def measure(config: EngineConfig) -> _Measured:
+        llm = load(config)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=notes) as bar:
+            model = Evaluated(llm, context, bar)
+            result = evaluate.evaluate(model, n=n, seed=eval_seed, kinds=kinds, files=held_out)
+            texts = held_out[:: -(-len(held_out) // _COMPARED)] if compared else []
+            windows = [[model.start_token, *model.encode(file.text)[: context - 1]] for file in texts]
+            return _Measured(result, model.likeliest(windows))
+
+    measured = measure(engine)
+    told: dict[str, Any] = {
+        "model": engine.model.model,
+        "quantize": engine.model.quantize,
+        **dataclasses.asdict(measured.result),
+    }
+    tables = [_table(measured.result, engine.model.quantize if compared else "")]
+    if compared:
+        base = measure(plain)
+        told["unquantized"] = dataclasses.asdict(base.result)
+        told["kl_nats"] = divergence(base.likeliest, measured.likeliest)
+        tables = [_table(base.result, "not quantized"), *tables]
     if as_json:
-        print(json.dumps({"model": engine.model.model, **dataclasses.asdict(result)}))
-    else:
-        rich.print(_table(result))
+        print(json.dumps(told))
+        return 0
+    for table in tables:
+        rich.print(table)
+    if compared:
+        rich.print(_difference(base.result, measured.result, told["kl_nats"]))
     return 0
 
 
-def _table(result: evaluate.Evaluation) -> Table:
-    table = Table(title="Built-in tasks")
+def _difference(base: evaluate.Evaluation, other: evaluate.Evaluation, kl: float) -> str:
+    told = f"KL divergence {kl:.4f} nats per token"
+    if base.compression is None or other.compression is None:
+        return told
+    return f"{other.compression.bits_per_byte / base.compression.bits_per_byte - 1:+.2%} bits per byte, {told}"
+
+
+def _table(result: evaluate.Evaluation, which: str) -> Table:
+    table = Table(title=f"Built-in tasks, {which}" if which else "Built-in tasks")
     for column in ("task", "n", "correct", "accuracy", "95 % interval"):
         table.add_column(column, justify="left" if column == "task" else "right")
     rows = dict(result.tasks)
@@ -133,4 +203,4 @@ def _table(result: evaluate.Evaluation) -> Table:
     return table
 
 
-COMMAND = Command(run, common=("model", "dtype", "threads", "max_num_seqs"))
+COMMAND = Command(run, common=("model", "dtype", "quantize", "threads", "max_num_seqs"))

@@ -2,7 +2,6 @@
 
 #include <pthread.h>
 #include <sched.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -31,17 +30,44 @@ void relax() {
 #endif
 }
 
+// Aligned memory that only grows.
+class Buffer {
+  public:
+    Buffer() = default;
+    ~Buffer() { std::free(data_); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+
+    void* reserve(std::size_t bytes) {
+        if (size_ < bytes) {
+            std::free(data_);
+            size_ = (bytes + 4095) / 4096 * 4096;
+            data_ = std::aligned_alloc(64, size_);
+            if (data_ == nullptr) {
+                size_ = 0;
+                throw std::bad_alloc();
+            }
+        }
+        return data_;
+    }
+
+  private:
+    void* data_ = nullptr;
+    std::size_t size_ = 0;
+};
+
 struct Loop {
     Task task;
     void* context;
     int tasks;
 };
 
-// The workers of one process. The generation tells them that a loop has begun; the caller waits until all are done with it.
+// The workers of one process, and the memory of each. A worker joins a loop only while that is open and the caller
+// waits only for those that joined, so a worker that the system keeps from running delays nobody.
 class Team {
   public:
-    explicit Team(int workers) {
-        for (int thread = 1; thread <= workers; ++thread) {
+    explicit Team(int size) : buffers_(size) {
+        for (int thread = 1; thread < size; ++thread) {
             threads_.emplace_back([this, thread] { work(thread); });
         }
         pin();
@@ -59,23 +85,22 @@ class Team {
     void run(const Loop& loop) {
         loop_ = loop;
         next_.store(0, std::memory_order_relaxed);
-        busy_.store(static_cast<int>(threads_.size()), std::memory_order_relaxed);
+        joined_.store(kOpen, std::memory_order_release);
         announce();
         take(0);
-        while (busy_.load(std::memory_order_acquire) != 0) relax();
+        joined_.fetch_and(~kOpen, std::memory_order_relaxed);
+        while (joined_.load(std::memory_order_acquire) != 0) relax();
     }
 
-    int size() const { return static_cast<int>(threads_.size()) + 1; }
+    int size() const { return static_cast<int>(buffers_.size()); }
 
-    // In the child of a fork the workers do not exist: they must not be joined.
-    void abandon() {
-        for (auto& thread : threads_) thread.detach();
-        threads_.clear();
-    }
+    Buffer& buffer(int thread) { return buffers_[thread]; }
 
   private:
+    static constexpr unsigned kOpen = 1u << 31;
+
     void announce() {
-        generation_.fetch_add(1, std::memory_order_release);
+        generation_.fetch_add(1, std::memory_order_seq_cst);
         if (sleepers_.load(std::memory_order_seq_cst) != 0) generation_.notify_all();
     }
 
@@ -85,14 +110,24 @@ class Team {
         }
     }
 
+    void join_loop(int thread) {
+        unsigned joined = joined_.load(std::memory_order_relaxed);
+        while (joined & kOpen) {
+            if (joined_.compare_exchange_weak(joined, joined + 1, std::memory_order_acquire)) {
+                take(thread);
+                joined_.fetch_sub(1, std::memory_order_release);
+                return;
+            }
+        }
+    }
+
     void work(int thread) {
         unsigned seen = 0;
         for (;;) {
             wait(seen);
             seen = generation_.load(std::memory_order_acquire);
             if (stop_) return;
-            take(thread);
-            busy_.fetch_sub(1, std::memory_order_release);
+            join_loop(thread);
         }
     }
 
@@ -128,45 +163,34 @@ class Team {
     }
 
     std::vector<std::thread> threads_;
+    std::vector<Buffer> buffers_;
     Loop loop_{};
     std::atomic<bool> stop_{false};
     alignas(64) std::atomic<unsigned> generation_{0};
     alignas(64) std::atomic<int> next_{0};
-    alignas(64) std::atomic<int> busy_{0};
-    alignas(64) std::atomic<int> sleepers_{0};
-};
-
-struct Buffer {
-    void* data = nullptr;
-    std::size_t size = 0;
+    alignas(64) std::atomic<unsigned> joined_{0};  // workers inside the loop, and whether more may join
+    alignas(64) std::atomic<unsigned> sleepers_{0};
 };
 
 struct Process {
-    std::mutex mutex;
+    std::mutex mutex;  // held while a loop runs
     std::unique_ptr<Team> team;
-    std::vector<Buffer> buffers;
-    int wanted = 1;
-    pid_t pid = 0;
+    std::atomic<int> wanted{1};
 };
 
 // Never destroyed: threads may still be running while the process ends.
 Process& process() {
-    static Process& one = *new Process;
+    static Process& one = []() -> Process& {
+        // No loop may be halfway when a process forks. The child has none of the workers: its team is forgotten, not
+        // destroyed, and the next loop makes a new one.
+        pthread_atfork([] { process().mutex.lock(); }, [] { process().mutex.unlock(); },
+                       [] {
+                           (void)process().team.release();
+                           process().mutex.unlock();
+                       });
+        return *new Process;
+    }();
     return one;
-}
-
-Team& team(Process& one) {
-    if (one.team != nullptr && one.pid != getpid()) {
-        one.team->abandon();
-        (void)one.team.release();
-    }
-    if (one.team == nullptr || one.team->size() != one.wanted) {
-        one.team.reset();
-        one.team = std::make_unique<Team>(one.wanted - 1);
-        one.pid = getpid();
-        one.buffers.resize(std::max<std::size_t>(one.buffers.size(), one.wanted));
-    }
-    return *one.team;
 }
 
 }  // namespace
@@ -179,25 +203,24 @@ void set_thread_count(int count) {
 }
 
 void run_tasks(Task task, void* context, int tasks) {
-    auto& one = process();
+    Process& one = process();
     std::lock_guard lock(one.mutex);
-    Team& workers = team(one);
-    if (tasks == 1 || workers.size() == 1) {
-        for (int index = 0; index < tasks; ++index) task(context, index, 0);
-        return;
+    if (one.team == nullptr || one.team->size() != one.wanted) {
+        one.team.reset();
+        one.team = std::make_unique<Team>(one.wanted);
     }
-    workers.run({task, context, tasks});
+    if (tasks <= 1 || one.team->size() == 1) {
+        for (int index = 0; index < tasks; ++index) task(context, index, 0);
+    } else {
+        one.team->run({task, context, tasks});
+    }
 }
 
-void* scratch(int thread, std::size_t bytes) {
-    Buffer& buffer = process().buffers[thread];
-    if (buffer.size < bytes) {
-        std::free(buffer.data);
-        buffer.size = (bytes + 4095) / 4096 * 4096;
-        buffer.data = std::aligned_alloc(64, buffer.size);
-        if (buffer.data == nullptr) throw std::bad_alloc();
-    }
-    return buffer.data;
+void* scratch(int thread, std::size_t bytes) { return process().team->buffer(thread).reserve(bytes); }
+
+void* caller_scratch(std::size_t bytes) {
+    thread_local Buffer buffer;
+    return buffer.reserve(bytes);
 }
 
 }  // namespace tokenmill

@@ -1,8 +1,8 @@
 // One persistent team of threads for every operator of the process.
 //
 // A step of a model is hundreds of short parallel loops, so a worker that has finished one spins for a moment before it
-// sleeps: the next loop usually comes within microseconds. The caller takes part in the work; a loop ends when all of its
-// tasks have ended. Which thread runs a task never changes a result.
+// sleeps: the next loop usually comes within microseconds. The caller takes part in the work; a loop ends when all of
+// its tasks have ended. Which thread runs a task never changes a result.
 #pragma once
 
 #include <cstddef>
@@ -30,7 +30,11 @@ void parallel(int tasks, F&& f) {
               const_cast<void*>(static_cast<const void*>(&f)), tasks);
 }
 
-// Per-thread scratch memory that is kept between loops: at least `bytes`, aligned to 64. Contents are whatever was there.
+// Memory of a thread for use inside a task, kept between loops: at least `bytes`, aligned to 64, with whatever was
+// there.
 void* scratch(int thread, std::size_t bytes);
+
+// The same for the thread that starts loops, for use around and inside them. A second call may move it.
+void* caller_scratch(std::size_t bytes);
 
 }  // namespace tokenmill

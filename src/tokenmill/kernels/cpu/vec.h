@@ -1,25 +1,28 @@
 // Sixteen lanes, whatever the machine: the few operations that the kernels are written in.
 //
-// Each translation unit is compiled once per instruction set, with TOKENMILL_ISA naming the namespace. `F` holds 16 floats,
-// `I` 16 32-bit integers. The two dot products are what the matrix kernels live on:
+// Each translation unit is compiled once per instruction set, with TOKENMILL_ISA naming the namespace. `F` holds 16
+// floats, `I` 16 32-bit integers. The two dot products are what the matrix kernels live on:
 //
 //   dot_bf16(acc, w, a)   acc[i] += w[2i] * a.lo + w[2i+1] * a.hi     w: 32 bf16, a: one pair of bf16 for all lanes
 //   dot_u8s8(acc, w, a)   acc[i] += sum of w[4i+j] * a[j], j = 0..3   w: 64 uint8, a: one quad of int8 for all lanes
 //
-// Results are the same at every call site of one instruction set; between instruction sets the last bits of dot_bf16 differ.
+// w is a vector, or memory to load it from.
+//
+// Results are the same at every call site of one instruction set; between instruction sets the last bits of dot_bf16
+// differ.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.h"
+
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 namespace tokenmill::TOKENMILL_ISA {
-
-using bf16 = std::uint16_t;  // the upper half of a float
 
 inline float to_float(bf16 x) {
     const std::uint32_t bits = static_cast<std::uint32_t>(x) << 16;
@@ -35,6 +38,9 @@ inline bf16 to_bf16(float x) {
     if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<bf16>((bits >> 16) | 0x40);
     return static_cast<bf16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+
+// Asks for a cache line that will be read soon. Any address will do.
+inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 
@@ -71,6 +77,10 @@ inline F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F abs(F a) { return {_mm512_abs_ps(a.v)}; }
 inline F round(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline F scale_by_power_of_two(F a, F n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+// a < b ? yes : no, so `no` where either is NaN.
+inline F choose_less(F a, F b, F yes, F no) {
+    return {_mm512_mask_mov_ps(no.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), yes.v)};
+}
 inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(F a) { return _mm512_reduce_max_ps(a.v); }
 
@@ -85,28 +95,47 @@ inline void store_int8(std::int8_t* p, I a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a.v));
 }
 
-inline F dot_bf16(F acc, const bf16* w, std::uint32_t a) {
+inline I load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_bytes(void* p, I a) { _mm512_storeu_si512(p, a.v); }
+inline I widen_bytes(const std::uint8_t* p) {
+    return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline I operator-(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+inline I operator&(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline I operator|(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
+template <int bits>
+inline I shift_left(I a) {
+    return {_mm512_slli_epi32(a.v, bits)};
+}
+template <int bits>
+inline I shift_right(I a) {
+    return {_mm512_srli_epi32(a.v, bits)};
+}
+inline I add_bytes(I a, I b) { return {_mm512_add_epi8(a.v, b.v)}; }
+inline I multiply_low16(I a, I b) { return {_mm512_mullo_epi16(a.v, b.v)}; }
+inline I multiply_high16(I a, I b) { return {_mm512_mulhi_epu16(a.v, b.v)}; }
+
+inline F dot_bf16(F acc, I w, std::uint32_t a) {
 #if defined(__AVX512BF16__)
-    return {_mm512_dpbf16_ps(acc.v, (__m512bh)_mm512_loadu_si512(w), (__m512bh)_mm512_set1_epi32(static_cast<int>(a)))};
+    return {_mm512_dpbf16_ps(acc.v, (__m512bh)w.v, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)))};
 #else
-    const __m512i pairs = _mm512_loadu_si512(w);
-    const __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-    const __m512 high = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+    const __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(w.v, 16));
+    const __m512 high = _mm512_castsi512_ps(_mm512_and_si512(w.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
     acc.v = _mm512_fmadd_ps(low, _mm512_set1_ps(to_float(static_cast<bf16>(a))), acc.v);
     return {_mm512_fmadd_ps(high, _mm512_set1_ps(to_float(static_cast<bf16>(a >> 16))), acc.v)};
 #endif
 }
 
-inline I dot_u8s8(I acc, const std::uint8_t* w, std::int32_t a) {
-    const __m512i weights = _mm512_loadu_si512(w), quad = _mm512_set1_epi32(a);
+inline I dot_u8s8(I acc, I w, std::int32_t a) {
+    const __m512i quad = _mm512_set1_epi32(a);
 #if defined(__AVX512VNNI__)
-    return {_mm512_dpbusd_epi32(acc.v, weights, quad)};
+    return {_mm512_dpbusd_epi32(acc.v, w.v, quad)};
 #else
     // Bytes 0, 2 and 1, 3 apart: the 16-bit products then cannot saturate.
     const __m512i low = _mm512_set1_epi16(0x00ff);
-    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(weights, low),
+    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(w.v, low),
                                            _mm512_srai_epi16(_mm512_slli_epi16(quad, 8), 8));
-    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(weights, 8), _mm512_srai_epi16(quad, 8));
+    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(w.v, 8), _mm512_srai_epi16(quad, 8));
     return {_mm512_add_epi32(acc.v, _mm512_add_epi32(even, odd))};
 #endif
 }
@@ -158,6 +187,10 @@ inline __m256 half_power_of_two(__m256 n) {
 inline F scale_by_power_of_two(F x, F n) {
     return {_mm256_mul_ps(x.a, half_power_of_two(n.a)), _mm256_mul_ps(x.b, half_power_of_two(n.b))};
 }
+inline F choose_less(F x, F y, F yes, F no) {
+    return {_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)),
+            _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))};
+}
 inline float sum(F x) {
     alignas(32) float lanes[8];
     _mm256_store_ps(lanes, _mm256_add_ps(x.a, x.b));
@@ -187,29 +220,58 @@ inline I to_int(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}
 inline void store_int8(std::int8_t* p, I x) {
     alignas(32) std::int32_t lanes[16];
     store(lanes, x);
-    for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int8_t>(lanes[i] > 127 ? 127 : lanes[i] < -128 ? -128 : lanes[i]);
+    for (int i = 0; i < 16; ++i) {
+        p[i] = static_cast<std::int8_t>(lanes[i] > 127 ? 127 : lanes[i] < -128 ? -128 : lanes[i]);
+    }
 }
 
-inline __m256 half_dot_bf16(__m256 acc, const bf16* w, float low, float high) {
-    const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+inline I load_bytes(const void* p) {
+    const auto* halves = static_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+}
+inline void store_bytes(void* p, I x) {
+    auto* halves = static_cast<__m256i*>(p);
+    _mm256_storeu_si256(halves, x.a);
+    _mm256_storeu_si256(halves + 1, x.b);
+}
+inline I widen_bytes(const std::uint8_t* p) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
+}
+inline I operator-(I x, I y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+inline I operator&(I x, I y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+inline I operator|(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+template <int bits>
+inline I shift_left(I x) {
+    return {_mm256_slli_epi32(x.a, bits), _mm256_slli_epi32(x.b, bits)};
+}
+template <int bits>
+inline I shift_right(I x) {
+    return {_mm256_srli_epi32(x.a, bits), _mm256_srli_epi32(x.b, bits)};
+}
+inline I add_bytes(I x, I y) { return {_mm256_add_epi8(x.a, y.a), _mm256_add_epi8(x.b, y.b)}; }
+inline I multiply_low16(I x, I y) { return {_mm256_mullo_epi16(x.a, y.a), _mm256_mullo_epi16(x.b, y.b)}; }
+inline I multiply_high16(I x, I y) { return {_mm256_mulhi_epu16(x.a, y.a), _mm256_mulhi_epu16(x.b, y.b)}; }
+
+inline __m256 half_dot_bf16(__m256 acc, __m256i pairs, float low, float high) {
     acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)), _mm256_set1_ps(low), acc);
     const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
     return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(pairs, upper)), _mm256_set1_ps(high), acc);
 }
-inline F dot_bf16(F acc, const bf16* w, std::uint32_t a) {
+inline F dot_bf16(F acc, I w, std::uint32_t a) {
     const float low = to_float(static_cast<bf16>(a)), high = to_float(static_cast<bf16>(a >> 16));
-    return {half_dot_bf16(acc.a, w, low, high), half_dot_bf16(acc.b, w + 16, low, high)};
+    return {half_dot_bf16(acc.a, w.a, low, high), half_dot_bf16(acc.b, w.b, low, high)};
 }
-inline __m256i half_dot_u8s8(__m256i acc, const std::uint8_t* w, __m256i quad) {
-    const __m256i weights = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+// Bytes 0, 2 and 1, 3 apart: the 16-bit products then cannot saturate.
+inline __m256i half_dot_u8s8(__m256i acc, __m256i weights, __m256i quad) {
     const __m256i even = _mm256_madd_epi16(_mm256_and_si256(weights, _mm256_set1_epi16(0x00ff)),
                                            _mm256_srai_epi16(_mm256_slli_epi16(quad, 8), 8));
     const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(weights, 8), _mm256_srai_epi16(quad, 8));
     return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
 }
-inline I dot_u8s8(I acc, const std::uint8_t* w, std::int32_t a) {
+inline I dot_u8s8(I acc, I w, std::int32_t a) {
     const __m256i quad = _mm256_set1_epi32(a);
-    return {half_dot_u8s8(acc.a, w, quad), half_dot_u8s8(acc.b, w + 32, quad)};
+    return {half_dot_u8s8(acc.a, w.a, quad), half_dot_u8s8(acc.b, w.b, quad)};
 }
 
 #else  // plain loops, for the compiler to vectorize
@@ -270,7 +332,10 @@ inline F round(F a) {
     return lanes<F>([&](int i) { return std::nearbyint(a.v[i]); });
 }
 inline F scale_by_power_of_two(F a, F n) {
-    return lanes<F>([&](int i) { return std::ldexp(a.v[i], static_cast<int>(n.v[i])); });
+    return lanes<F>([&](int i) { return a.v[i] * std::exp2(n.v[i]); });
+}
+inline F choose_less(F a, F b, F yes, F no) {
+    return lanes<F>([&](int i) { return a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; });
 }
 inline float sum(F a) {
     float total = 0;
@@ -304,23 +369,75 @@ inline void store_int8(std::int8_t* p, I a) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int8_t>(a.v[i] > 127 ? 127 : a.v[i] < -128 ? -128 : a.v[i]);
 }
 
-inline F dot_bf16(F acc, const bf16* w, std::uint32_t a) {
+inline I load_bytes(const void* p) {
+    I r;
+    std::memcpy(r.v, p, sizeof(r.v));
+    return r;
+}
+inline void store_bytes(void* p, I a) { std::memcpy(p, a.v, sizeof(a.v)); }
+inline I widen_bytes(const std::uint8_t* p) {
+    return lanes<I>([=](int i) { return static_cast<std::int32_t>(p[i]); });
+}
+inline I operator-(I a, I b) {
+    return lanes<I>([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline I operator&(I a, I b) {
+    return lanes<I>([&](int i) { return a.v[i] & b.v[i]; });
+}
+inline I operator|(I a, I b) {
+    return lanes<I>([&](int i) { return a.v[i] | b.v[i]; });
+}
+template <int bits>
+inline I shift_left(I a) {
+    return lanes<I>([&](int i) { return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) << bits); });
+}
+template <int bits>
+inline I shift_right(I a) {
+    return lanes<I>([&](int i) { return static_cast<std::int32_t>(static_cast<std::uint32_t>(a.v[i]) >> bits); });
+}
+// The lanes as more and narrower ones.
+template <class T, class Fn>
+inline I narrow_lanes(I a, I b, Fn fn) {
+    constexpr int count = 64 / sizeof(T);
+    T x[count], y[count];
+    std::memcpy(x, a.v, sizeof(x));
+    std::memcpy(y, b.v, sizeof(y));
+    for (int i = 0; i < count; ++i) x[i] = static_cast<T>(fn(std::uint32_t{x[i]}, std::uint32_t{y[i]}));
+    std::memcpy(a.v, x, sizeof(x));
+    return a;
+}
+inline I add_bytes(I a, I b) {
+    return narrow_lanes<std::uint8_t>(a, b, [](std::uint32_t x, std::uint32_t y) { return x + y; });
+}
+inline I multiply_low16(I a, I b) {
+    return narrow_lanes<std::uint16_t>(a, b, [](std::uint32_t x, std::uint32_t y) { return x * y; });
+}
+inline I multiply_high16(I a, I b) {
+    return narrow_lanes<std::uint16_t>(a, b, [](std::uint32_t x, std::uint32_t y) { return x * y >> 16; });
+}
+
+inline F dot_bf16(F acc, I w, std::uint32_t a) {
     const float low = to_float(static_cast<bf16>(a)), high = to_float(static_cast<bf16>(a >> 16));
-    for (int i = 0; i < 16; ++i) acc.v[i] += to_float(w[2 * i]) * low;
-    for (int i = 0; i < 16; ++i) acc.v[i] += to_float(w[2 * i + 1]) * high;
+    bf16 pairs[32];
+    std::memcpy(pairs, w.v, sizeof(pairs));
+    for (int i = 0; i < 16; ++i) acc.v[i] += to_float(pairs[2 * i]) * low;
+    for (int i = 0; i < 16; ++i) acc.v[i] += to_float(pairs[2 * i + 1]) * high;
     return acc;
 }
-inline I dot_u8s8(I acc, const std::uint8_t* w, std::int32_t a) {
+inline I dot_u8s8(I acc, I w, std::int32_t a) {
     for (int j = 0; j < 4; ++j) {
-        const auto one = static_cast<std::int8_t>(a >> (8 * j));
-        for (int i = 0; i < 16; ++i) acc.v[i] += static_cast<std::int32_t>(w[4 * i + j]) * one;
+        const std::int32_t one = static_cast<std::int8_t>(a >> (8 * j));
+        for (int i = 0; i < 16; ++i) acc.v[i] += (w.v[i] >> (8 * j) & 0xff) * one;
     }
     return acc;
 }
 
 #endif
 
-// e^x to about 2 units in the last place; below -87.3 it is 0, -inf gives 0 and NaN gives NaN.
+inline F dot_bf16(F acc, const bf16* w, std::uint32_t a) { return dot_bf16(acc, load_bytes(w), a); }
+inline I dot_u8s8(I acc, const std::uint8_t* w, std::int32_t a) { return dot_u8s8(acc, load_bytes(w), a); }
+
+// e^x to about 2 units in the last place; below -87.3 it is 0, above 88.3 infinite, and NaN gives NaN.
 // Cody-Waite reduction and a degree-6 polynomial (coefficients of Cephes' expf).
 inline F exp(F x) {
     const F low = set(-87.33654f), high = set(88.37626f);
@@ -336,15 +453,17 @@ inline F exp(F x) {
     p = fma(p, r, set(1.6666665459e-1f));
     p = fma(p, r, set(5.0000001201e-1f));
     p = fma(p * r, r, r + set(1.0f));
-    F result = scale_by_power_of_two(p, n);
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
-    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, low.v, _CMP_NLT_UQ), result.v)};
-#elif defined(__AVX2__) && defined(__FMA__)
-    return {_mm256_and_ps(_mm256_cmp_ps(x.a, low.a, _CMP_NLT_UQ), result.a),
-            _mm256_and_ps(_mm256_cmp_ps(x.b, low.b, _CMP_NLT_UQ), result.b)};
-#else
-    return lanes<F>([&](int i) { return x.v[i] < low.v[i] ? 0.0f : result.v[i]; });
-#endif
+    const F result = scale_by_power_of_two(p, n);
+    return choose_less(high, x, set(INFINITY), choose_less(x, low, zero(), result));
+}
+
+// x / (1 + e^-x)
+inline F silu(F x) { return x / (set(1.0f) + exp(zero() - x)); }
+
+// x/2 (1 + tanh(u)), u = sqrt(2/pi) (x + 0.044715 x^3), which is x / (1 + e^-2u)
+inline F gelu(F x) {
+    const F twice_u = set(1.5957691216f) * (x + set(0.044715f) * x * x * x);
+    return x / (set(1.0f) + exp(zero() - twice_u));
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

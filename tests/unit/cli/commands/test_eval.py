@@ -1,11 +1,12 @@
 import json
+import math
 
 import pytest
 from rich.progress import Progress
 
 from tokenmill.bench import evaluate
 from tokenmill.cli.commands import eval as command
-from tokenmill.cli.commands.eval import Evaluated
+from tokenmill.cli.commands.eval import Evaluated, divergence
 from tokenmill.cli.main import main
 
 
@@ -64,3 +65,35 @@ def test_a_misspelt_task_is_told_before_the_model_is_loaded(monkeypatch, capsys)
         main(["eval", "--task", "ad"])
     assert left.value.code == 2
     assert "Did you mean 'add'?" in capsys.readouterr().err
+
+
+def test_a_quantized_model_is_compared_with_the_model_as_it_is(llm, monkeypatch, capsys):
+    loaded = []
+    monkeypatch.setattr(command, "load", lambda config: loaded.append(config.model.quantize) or llm)
+    ask = ["eval", "--quantize", "int8", "-n", "2", "--task", "add", "--files", "2"]
+    with pytest.raises(SystemExit):
+        main([*ask, "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert loaded == ["int8", "none"]
+    assert told["quantize"] == "int8"
+    assert told["compression"] == told["unquantized"]["compression"]
+    assert told["kl_nats"] == 0.0
+    with pytest.raises(SystemExit):
+        main(ask)
+    shown = capsys.readouterr().out
+    assert "int8" in shown
+    assert "+0.00% bits per byte, KL divergence 0.0000 nats" in shown
+
+
+def test_divergence_is_that_of_the_known_distributions():
+    p, q = (
+        {1: math.log(0.5), 2: math.log(0.3), 3: math.log(0.2)},
+        {1: math.log(0.2), 2: math.log(0.7), 3: math.log(0.1)},
+    )
+    exact = 0.5 * math.log(0.5 / 0.2) + 0.3 * math.log(0.3 / 0.7) + 0.2 * math.log(2)
+    assert divergence([p, p], [q, p]) == pytest.approx(exact / 2)
+
+
+def test_tokens_that_one_side_does_not_know_count_as_one():
+    p, q = {1: math.log(0.5), 2: math.log(0.3)}, {1: math.log(0.2), 3: math.log(0.7)}
+    assert divergence([p], [q]) == pytest.approx(0.5 * math.log(0.5 / 0.2) + 0.5 * math.log(0.5 / 0.8))

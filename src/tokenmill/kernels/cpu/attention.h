@@ -1,0 +1,63 @@
+// Keys and values of new tokens into the blocks of a paged cache, and causal attention over them.
+//
+// A block of one KV head holds `size` tokens of `width` elements, in an order made for dot_bf16:
+//
+//   keys     [width / 2][size][2]    pairs of dimensions; the tokens stand in the lanes
+//   values   [size / 2][width][2]    pairs of tokens; the dimensions stand in the lanes
+//
+// so scores are sums over pairs of dimensions and outputs are sums over pairs of tokens, with no shuffle in between.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace tokenmill {
+
+// The cache of one layer, [blocks, heads, size, width] bf16. Size and width are multiples of 16.
+struct KVBlocks {
+    bf16* keys;
+    bf16* values;
+    int heads;
+    int size;
+    int width;
+
+    // The elements of one KV head in one block, as an offset into keys and into values.
+    std::int64_t offset(std::int64_t block, int head) const { return (block * heads + head) * size * width; }
+};
+
+// Writes token t of k and v to place slots[t] % size of block slots[t] / size; a negative slot skips it.
+struct KVWrite {
+    const bf16* k;  // [tokens, heads, width], rows `k_stride` elements apart
+    const bf16* v;
+    std::int64_t k_stride, v_stride;
+    const std::int64_t* slots;  // [tokens]
+    int tokens;
+    KVBlocks cache;
+};
+
+// Row r owns queries query_start[r] .. query_start[r + 1] - 1, the last tokens of a context of context_lens[r] tokens.
+// The query at position p sees positions p - window + 1 .. p. What a query does not see never touches its result.
+struct PagedAttention {
+    const bf16* q;  // [tokens, q_heads, width]
+    bf16* out;      // the same shape; zeros for tokens that no row owns
+    int tokens, q_heads;
+    KVBlocks cache;
+    const std::int32_t* block_table;  // [rows, table_stride]
+    std::int64_t table_stride;
+    const std::int32_t* query_start;   // [rows + 1]
+    const std::int32_t* context_lens;  // [rows]
+    int rows;
+    float scale;
+    int window;     // 0: everything
+    float softcap;  // 0: none
+};
+
+TOKENMILL_KERNEL(kv_write, void(const KVWrite&));
+TOKENMILL_KERNEL(paged_attention, void(const PagedAttention&));
+
+// One head of one token into its place.
+TOKENMILL_KERNEL(write_key, void(const KVBlocks&, std::int64_t slot, int head, const bf16* k));
+TOKENMILL_KERNEL(write_value, void(const KVBlocks&, std::int64_t slot, int head, const bf16* v));
+
+}  // namespace tokenmill

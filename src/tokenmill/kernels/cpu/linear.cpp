@@ -1,0 +1,427 @@
+#include "linear.h"
+
+#include "threads.h"
+#include "vec.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+namespace {
+
+// Register blocking: rows times vectors of accumulators fill the registers.
+#if defined(__AVX512F__)
+constexpr int kRows = 6;    // with two panels at once
+constexpr int kThin = 3;    // rows with four panels at once, for the sake of more streams from memory
+#else
+constexpr int kRows = 2;
+constexpr int kThin = 0;
+#endif
+constexpr int kUnit = 4;  // panels of a task at most
+constexpr int kPanel = 32;
+constexpr int kTasks = 16;   // per thread, if there are enough panels: few enough that a task reads on and on
+constexpr int kNear = 2048;  // bytes to ask for ahead of time where weights come from memory and are used once
+
+template <class T>
+T read(const void* p) {
+    T value;
+    std::memcpy(&value, p, sizeof(T));
+    return value;
+}
+
+// Results of a block of rows for the panels of a task.
+using Tile = float[kRows > kThin ? kRows : kThin][kUnit * kPanel];
+
+// The weights to ask memory for while others are in use.
+struct Ahead {
+    int near;            // this many bytes further on in each panel,
+    const char* next;    // and from here on
+    std::int64_t pace;   // so many bytes per step, two lines at most
+};
+
+// ---- dot products: R rows with P panels, into a tile ----
+
+template <int R, int P>
+void dots_bf16(const Weight& w, int panel, const Rows& rows, int row, int column, Ahead ahead, Tile& tile) {
+    const int steps = w.depth / 2;
+    const std::int64_t panel_size = std::int64_t{steps} * 64;
+    const bf16* weights = static_cast<const bf16*>(w.data) + panel * panel_size;
+    const char* x = static_cast<const char*>(rows.data) + row * rows.stride;
+    F sum[R][2 * P];
+    for (auto& of_row : sum) {
+        for (auto& one : of_row) one = zero();
+    }
+    for (int step = 0; step < steps; ++step, weights += 64, x += 4, ahead.next += ahead.pace) {
+        prefetch(ahead.next);
+        prefetch(ahead.next + 64);
+        I vectors[2 * P];
+        for (int v = 0; v < 2 * P; ++v) {
+            const bf16* vector = weights + v / 2 * panel_size + v % 2 * 32;
+            prefetch(reinterpret_cast<const char*>(vector) + ahead.near);
+            vectors[v] = load_bytes(vector);
+        }
+        for (int r = 0; r < R; ++r) {
+            const auto pair = read<std::uint32_t>(x + r * rows.stride);
+            for (int v = 0; v < 2 * P; ++v) sum[r][v] = dot_bf16(sum[r][v], vectors[v], pair);
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < 2 * P; ++v) store(&tile[r][column + 16 * v], sum[r][v]);
+    }
+}
+
+// Scales integer sums of (w + 128) * x.
+template <int R, int V>
+void scale(const Weight& w, int panel, const Rows& rows, int row, int column, const I (&sum)[R][V], Tile& tile) {
+    for (int v = 0; v < V; ++v) {
+        const F of_output = load(w.scales + panel * kPanel + 16 * v);
+        for (int r = 0; r < R; ++r) {
+            const I exact = sum[r][v] + iset(-128 * rows.sums[row + r]);
+            store(&tile[r][column + 16 * v], to_float(exact) * of_output * set(rows.scales[row + r]));
+        }
+    }
+}
+
+// `data` holds the bytes of this panel and those after it.
+template <int R, int P>
+void dots_int8(const Weight& w, const std::uint8_t* data, int panel, const Rows& rows, int row, int column,
+               Ahead ahead, Tile& tile) {
+    const int steps = w.depth / 4;
+    const std::int64_t panel_size = std::int64_t{steps} * 128;
+    const char* x = static_cast<const char*>(rows.data) + row * rows.stride;
+    I sum[R][2 * P];
+    for (auto& of_row : sum) {
+        for (auto& one : of_row) one = izero();
+    }
+    for (int step = 0; step < steps; ++step, data += 128, x += 4, ahead.next += ahead.pace) {
+        prefetch(ahead.next);
+        prefetch(ahead.next + 64);
+        I vectors[2 * P];
+        for (int v = 0; v < 2 * P; ++v) {
+            const std::uint8_t* vector = data + v / 2 * panel_size + v % 2 * 64;
+            prefetch(vector + ahead.near);
+            vectors[v] = load_bytes(vector);
+        }
+        for (int r = 0; r < R; ++r) {
+            const auto quad = read<std::int32_t>(x + r * rows.stride);
+            for (int v = 0; v < 2 * P; ++v) sum[r][v] = dot_u8s8(sum[r][v], vectors[v], quad);
+        }
+    }
+    scale<R, 2 * P>(w, panel, rows, row, column, sum, tile);
+}
+
+// What turns the four-bit q of one group and 16 outputs into w + 128: multipliers in all 16-bit lanes, as they are and
+// times 16, and 128 - b in all bytes.
+struct Group {
+    I multiplier, multiplier16, shift;
+};
+
+Group load_group(const Weight& w, std::int64_t place) {
+    const I m = widen_bytes(w.multipliers + place);
+    const I b = w.offsets != nullptr ? widen_bytes(w.offsets + place) : shift_right<1>(m);
+    const I shift = iset(128) - b;
+    const I pairs = m | shift_left<16>(m);
+    const I twice = shift | shift_left<8>(shift);
+    return {pairs, shift_left<4>(pairs), twice | shift_left<16>(twice)};
+}
+
+// Four nibbles n3 n2 n1 n0 lie in each 16 bits: n2 and n0 are the even and the odd byte of the first quad, n3 and n1
+// those of the second. The multiplication itself moves a product to the place of its byte: the high half of (n2 << 8) *
+// (m << 4) and of (n3 << 12) * m is the even byte, bits 8 to 15 of n0 * (m << 4) and of (n1 << 4) * m are the odd one.
+void unpack(I nibbles, const Group& g, I& first, I& second) {
+    const I odd = iset(static_cast<std::int32_t>(0xff00ff00u));
+    const I n0 = nibbles & iset(0x000f000f), n1 = nibbles & iset(0x00f000f0);
+    const I n2 = nibbles & iset(0x0f000f00), n3 = nibbles & iset(static_cast<std::int32_t>(0xf000f000u));
+    first = add_bytes(multiply_high16(n2, g.multiplier16) | (multiply_low16(n0, g.multiplier16) & odd), g.shift);
+    second = add_bytes(multiply_high16(n3, g.multiplier) | (multiply_low16(n1, g.multiplier) & odd), g.shift);
+}
+
+template <int R, int P>
+void dots_int4(const Weight& w, int panel, const Rows& rows, int row, int column, Tile& tile) {
+    const int groups = w.depth / w.group, steps = w.group / 8;
+    const std::int64_t panel_size = std::int64_t{w.depth} * 16, scales_size = std::int64_t{groups} * kPanel;
+    const auto* data = static_cast<const std::uint8_t*>(w.data) + panel * panel_size;
+    const char* x = static_cast<const char*>(rows.data) + row * rows.stride;
+    I sum[R][2 * P];
+    for (auto& of_row : sum) {
+        for (auto& one : of_row) one = izero();
+    }
+    const std::uint8_t* offsets = w.offsets != nullptr ? w.offsets : w.multipliers;
+    const int groups_near = (kNear / 16 + w.group - 1) / w.group;
+    for (int group = 0; group < groups; ++group) {
+        // What follows a panel's end is the next of these P, which is being read already: skip them.
+        const bool last = group + groups_near >= groups;
+        const std::int64_t near = groups_near * w.group * 16 + (last ? (P - 1) * panel_size : 0);
+        const std::int64_t scales_near = groups_near * kPanel + (last ? (P - 1) * scales_size : 0);
+        Group g[2 * P];
+        for (int v = 0; v < 2 * P; ++v) {
+            const std::int64_t place = (panel + v / 2) * scales_size + group * kPanel + v % 2 * 16;
+            prefetch(w.multipliers + place + scales_near);
+            prefetch(offsets + place + scales_near);
+            g[v] = load_group(w, place);
+        }
+        for (int step = 0; step < steps; ++step, data += 128, x += 8) {
+            for (int v = 0; v < 2 * P; ++v) {
+                const std::uint8_t* nibbles = data + v / 2 * panel_size + v % 2 * 64;
+                prefetch(nibbles + near);
+                I first, second;
+                unpack(load_bytes(nibbles), g[v], first, second);
+                for (int r = 0; r < R; ++r) {
+                    sum[r][v] = dot_u8s8(sum[r][v], first, read<std::int32_t>(x + r * rows.stride));
+                    sum[r][v] = dot_u8s8(sum[r][v], second, read<std::int32_t>(x + r * rows.stride + 4));
+                }
+            }
+        }
+    }
+    scale<R, 2 * P>(w, panel, rows, row, column, sum, tile);
+}
+
+// A panel of int4 as a panel of int8.
+void unpack_panel(const Weight& w, int panel, std::uint8_t* out) {
+    const int groups = w.depth / w.group, steps = w.group / 8;
+    const auto* data = static_cast<const std::uint8_t*>(w.data) + std::int64_t{panel} * w.depth * 16;
+    for (int group = 0; group < groups; ++group) {
+        const std::int64_t place = (std::int64_t{panel} * groups + group) * kPanel;
+        const Group g[2] = {load_group(w, place), load_group(w, place + 16)};
+        for (int step = 0; step < steps; ++step, data += 128, out += 256) {
+            for (int v = 0; v < 2; ++v) {
+                I first, second;
+                unpack(load_bytes(data + 64 * v), g[v], first, second);
+                store_bytes(out + 64 * v, first);
+                store_bytes(out + 128 + 64 * v, second);
+            }
+        }
+    }
+}
+
+// ---- the right number of rows and panels, known to the compiler ----
+
+struct Block {
+    const Weight& w;
+    const Rows& rows;
+    const std::uint8_t* unpacked;  // int4 of many rows: the panels of the unit as int8
+    int first_panel, panels;       // of the unit
+    int row;
+    Ahead ahead;
+
+    template <int R, int P>
+    void dots(int panel, Tile& tile) const {
+        const int column = (panel - first_panel) * kPanel;
+        switch (w.format) {
+            case Format::bf16:
+                dots_bf16<R, P>(w, panel, rows, row, column, ahead, tile);
+                break;
+            case Format::int8: {
+                const auto* data = static_cast<const std::uint8_t*>(w.data) + std::int64_t{panel} * w.depth * kPanel;
+                dots_int8<R, P>(w, data, panel, rows, row, column, ahead, tile);
+                break;
+            }
+            case Format::int4:
+                if (unpacked != nullptr) {
+                    const std::uint8_t* data = unpacked + std::int64_t{column} * w.depth;
+                    dots_int8<R, P>(w, data, panel, rows, row, column, ahead, tile);
+                } else {
+                    constexpr int together = R <= kThin && P % 2 == 0 ? 2 : 1;
+                    for (int one = 0; one < P; one += together) {
+                        dots_int4<R, together>(w, panel + one, rows, row, column + one * kPanel, tile);
+                    }
+                }
+        }
+    }
+
+    template <int R>
+    void all_panels(Tile& tile) const {
+        int panel = first_panel;
+        const int end = first_panel + panels;
+        if constexpr (R <= kThin) {
+            for (; panel + 4 <= end; panel += 4) dots<R, 4>(panel, tile);
+        }
+        for (; panel + 2 <= end; panel += 2) dots<R, 2>(panel, tile);
+        if (panel < end) dots<R, 1>(panel, tile);
+    }
+
+    template <int R = kRows>
+    void run(int count, Tile& tile) const {
+        if (count == R) return all_panels<R>(tile);
+        if constexpr (R > 1) run<R - 1>(count, tile);
+    }
+};
+
+// ---- results ----
+
+void put(bf16* out, F value) { store(out, value); }
+void put(float* out, F value) { store(out, value); }
+
+// Writes the first `count` of 16 lanes.
+template <class T>
+void put_some(T* out, F value, int count) {
+    if (count >= 16) return put(out, value);
+    T lanes[16];
+    put(lanes, value);
+    for (int i = 0; i < count; ++i) out[i] = lanes[i];
+}
+
+F get_some(const bf16* in, int count) {
+    if (count >= 16) return load(in);
+    bf16 lanes[16] = {};
+    for (int i = 0; i < count; ++i) lanes[i] = in[i];
+    return load(lanes);
+}
+
+void finish(const Weight& w, int first_panel, int panels, int row, int count, Epilogue epilogue, const Tile& tile,
+            void* out, std::int64_t stride) {
+    const bool gated = epilogue == Epilogue::silu_gated || epilogue == Epilogue::gelu_gated;
+    const auto value = [&](int r, int column) {
+        const F y = load(&tile[r][column]);
+        return w.bias != nullptr ? y + load(w.bias + first_panel * kPanel + column) : y;
+    };
+    const int width = gated ? w.n / 2 : w.n, vectors = gated ? panels : 2 * panels;
+    const int first = gated ? first_panel / 2 * kPanel : first_panel * kPanel;
+    for (int r = 0; r < count; ++r) {
+        for (int v = 0; v < vectors; ++v) {
+            const int place = first + 16 * v, left = width - place;
+            if (left <= 0) break;
+            auto* narrow = static_cast<bf16*>(out) + (row + r) * stride + place;
+            switch (epilogue) {
+                case Epilogue::bf16:
+                    put_some(narrow, value(r, 16 * v), left);
+                    break;
+                case Epilogue::f32:
+                    put_some(static_cast<float*>(out) + (row + r) * stride + place, value(r, 16 * v), left);
+                    break;
+                case Epilogue::add_bf16:
+                    put_some(narrow, get_some(narrow, left) + value(r, 16 * v), left);
+                    break;
+                case Epilogue::silu_gated:
+                case Epilogue::gelu_gated: {
+                    const int column = v / 2 * 2 * kPanel + v % 2 * 16;  // gate; up is one panel further
+                    const F gate = value(r, column), up = value(r, column + kPanel);
+                    put_some(narrow, (epilogue == Epilogue::silu_gated ? silu(gate) : gelu(gate)) * up, left);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+namespace {
+
+// All rows from `begin` to `end` of some panels, which stay in the cache from one block of rows to the next.
+void run_unit(const Weight& w, const Rows& rows, int begin, int end, int first_panel, int panels, Epilogue epilogue,
+              void* out, std::int64_t out_stride, int thread) {
+    const int blocks = (end - begin + kRows - 1) / kRows;
+    const int steps = w.format == Format::bf16 ? w.depth / 2 : w.depth / 4;
+    const int bytes_per_input = w.format == Format::bf16 ? 64 : w.format == Format::int8 ? 32 : 16;
+    const std::int64_t panel_size = std::int64_t{w.depth} * bytes_per_input;
+
+    std::uint8_t* unpacked = nullptr;
+    if (w.format == Format::int4 && blocks > 1) {
+        const std::size_t size = std::size_t{kPanel} * w.depth;
+        unpacked = static_cast<std::uint8_t*>(scratch(thread, size * panels));
+        for (int one = 0; one < panels; ++one) unpack_panel(w, first_panel + one, unpacked + size * one);
+    }
+    // One block asks for the panels that it reads; several ask together, evenly, for those of the next unit.
+    Ahead ahead{kNear, static_cast<const char*>(w.data), 0};
+    if (blocks > 1) {
+        const std::int64_t pace = panels * panel_size / (std::int64_t{blocks} * steps);
+        ahead = {0, ahead.next + (first_panel + panels) * panel_size, pace};
+    }
+    Tile tile;
+    for (int block = 0; block < blocks; ++block) {
+        const int row = begin + (end - begin) * block / blocks;
+        const int count = begin + (end - begin) * (block + 1) / blocks - row;
+        Block{w, rows, unpacked, first_panel, panels, row, ahead}.run(count, tile);
+        finish(w, first_panel, panels, row, count, epilogue, tile, out, out_stride);
+        ahead.next += ahead.pace * steps;
+    }
+}
+
+}  // namespace
+
+void linear(const Weight& w, const Rows& rows, int m, Epilogue epilogue, void* out, std::int64_t out_stride) {
+    if (m == 0) return;
+    const int unit = m <= kThin ? kUnit : 2;
+    const int units = (w.panels + unit - 1) / unit;
+    // Long batches are cut into chunks of rows, for balance.
+    const int chunks = m >= 128 ? (m + 255) / 256 : 1;
+    const int parts = units < kTasks * thread_count() ? units : kTasks * thread_count();
+    parallel(parts * chunks, [&](int task, int thread) {
+        const int part = task % parts, chunk = task / parts;
+        const int begin = static_cast<int>(std::int64_t{m} * chunk / chunks);
+        const int end = static_cast<int>(std::int64_t{m} * (chunk + 1) / chunks);
+        const int last = static_cast<int>(std::int64_t{units} * (part + 1) / parts) * unit;
+        for (int panel = static_cast<int>(std::int64_t{units} * part / parts) * unit; panel < last; panel += unit) {
+            const int panels = w.panels - panel < unit ? w.panels - panel : unit;
+            run_unit(w, rows, begin, end, panel, panels, epilogue, out, out_stride, thread);
+        }
+    });
+}
+
+// ---- activations ----
+
+namespace {
+
+constexpr std::size_t kAlign = 64;
+
+std::size_t row_stride(const Weight& w) {
+    const std::size_t bytes = w.format == Format::bf16 ? 2 * static_cast<std::size_t>(w.depth) : w.depth;
+    return (bytes + kAlign - 1) / kAlign * kAlign;
+}
+
+void quantize_row(const bf16* x, int k, int depth, std::int8_t* out, float& scale, std::int32_t& sum) {
+    const int whole = k / 16 * 16;
+    const auto at = [&](int i) { return i < whole ? load(x + i) : get_some(x + i, k - i); };
+    F most = zero(), bad = zero();
+    for (int i = 0; i < k; i += 16) {
+        const F value = at(i);
+        most = max(most, abs(value));
+        bad = fma(value, zero(), bad);  // NaN if the value is NaN or infinite
+    }
+    const float invalid = tokenmill::TOKENMILL_ISA::sum(bad), range = largest(most);
+    const bool finite = invalid == 0.0f;
+    scale = finite ? range / 127.0f : invalid;
+    // The inverse of the smallest subnormal numbers is infinite: rows that small become zero.
+    const float inverse = finite && range > 1e-35f ? 127.0f / range : 0.0f;
+    I total = izero();
+    for (int i = 0; i < depth; i += 16) {
+        const I q = i < k && inverse != 0.0f ? to_int(at(i) * set(inverse)) : izero();
+        total = total + q;
+        store_int8(out + i, q);
+    }
+    std::int32_t lanes[16];
+    store(lanes, total);
+    sum = 0;
+    for (std::int32_t lane : lanes) sum += lane;
+}
+
+}  // namespace
+
+std::size_t rows_bytes(const Weight& w, int m) {
+    const std::size_t numbers = (4 * static_cast<std::size_t>(m) + kAlign - 1) / kAlign * kAlign;
+    return m * row_stride(w) + (w.format == Format::bf16 ? 0 : 2 * numbers);
+}
+
+Rows prepare_rows(const Weight& w, const bf16* x, std::int64_t stride, int m, void* memory) {
+    if (w.format == Format::bf16 && w.k == w.depth) return {x, 2 * stride, nullptr, nullptr};
+    auto* data = static_cast<char*>(memory);
+    const auto row_bytes = static_cast<std::int64_t>(row_stride(w));
+    if (w.format == Format::bf16) {
+        for (int r = 0; r < m; ++r) {
+            auto* out = reinterpret_cast<bf16*>(data + r * row_bytes);
+            std::memcpy(out, x + r * stride, 2 * static_cast<std::size_t>(w.k));
+            out[w.k] = 0;
+        }
+        return {data, row_bytes, nullptr, nullptr};
+    }
+    auto* scales = reinterpret_cast<float*>(data + m * row_bytes);
+    auto* sums = reinterpret_cast<std::int32_t*>(data + (m * row_bytes + rows_bytes(w, m)) / 2);
+    constexpr int some = 16;
+    parallel((m + some - 1) / some, [&](int task, int) {
+        const int end = (task + 1) * some < m ? (task + 1) * some : m;
+        for (int r = task * some; r < end; ++r) {
+            auto* out = reinterpret_cast<std::int8_t*>(data + r * row_bytes);
+            quantize_row(x + r * stride, w.k, w.depth, out, scales[r], sums[r]);
+        }
+    });
+    return {data, row_bytes, scales, sums};
+}
+
+}  // namespace tokenmill::TOKENMILL_ISA

@@ -1,0 +1,28 @@
+// The Python module. Functions take addresses of memory as integers; who calls them keeps the tensors alive.
+#include <nanobind/nanobind.h>
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+
+namespace tokenmill {
+void bind_attention(nb::module_&);
+void bind_ceilings(nb::module_&);
+void bind_linear(nb::module_&);
+void bind_rows(nb::module_&);
+void bind_sample(nb::module_&);
+}  // namespace tokenmill
+
+NB_MODULE(_native, m) {
+    using namespace tokenmill;
+    const char* chosen = name(isa());
+    m.def("isa", [chosen] { return chosen; }, "The instruction set that the kernels use.");
+    m.def("thread_count", &thread_count, "Threads that take part in an operator, the calling one included.");
+    m.def("set_thread_count", &set_thread_count, nb::arg("count"), nb::call_guard<nb::gil_scoped_release>());
+    bind_attention(m);
+    bind_ceilings(m);
+    bind_linear(m);
+    bind_rows(m);
+    bind_sample(m);
+}

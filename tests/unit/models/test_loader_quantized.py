@@ -1,0 +1,154 @@
+"""Loading with `quantize`, and loading checkpoints that are quantized already."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tokenmill.errors import ConfigError, ModelError
+from tokenmill.models import loader
+from tokenmill.models.spec import is_norm, weight_shapes
+from tokenmill.quant.formats.int4 import FORMAT as INT4
+from tokenmill.quant.weight import Quantized
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 40,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "dtype": "float32",
+    "eos_token_id": 2,
+}
+LAYER = "model.layers.0."
+LINEAR = {
+    "self_attn.q_proj": (64, 64),
+    "self_attn.k_proj": (32, 64),
+    "self_attn.v_proj": (32, 64),
+    "self_attn.o_proj": (64, 64),
+    "mlp.gate_proj": (96, 64),
+    "mlp.up_proj": (96, 64),
+    "mlp.down_proj": (64, 96),
+}
+W8A8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}}},
+}
+
+
+def tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {f"{LAYER}{name}.weight": shape for name, shape in LINEAR.items()}
+    shapes |= {"model.embed_tokens.weight": (40, 64), "lm_head.weight": (40, 64)}
+    found = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    norms = ("model.norm", LAYER + "input_layernorm", LAYER + "post_attention_layernorm")
+    return found | {f"{name}.weight": torch.ones(64) for name in norms}
+
+
+def quantized_tensors(but: str = "") -> dict[str, Tensor]:
+    """The same with linear layers in 8 bits, one of them left as it was."""
+    found = tensors()
+    for name in LINEAR:
+        if name != but:
+            scale = found[f"{LAYER}{name}.weight"].abs().amax(1, keepdim=True) / 127
+            found[f"{LAYER}{name}.weight"] = (found[f"{LAYER}{name}.weight"] / scale).round().char()
+            found[f"{LAYER}{name}.weight_scale"] = scale
+    return found
+
+
+def write(folder: Path, weights: dict[str, Tensor], **changes: Any) -> Path:
+    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def test_every_matrix_is_quantized_and_nothing_else(tmp_path: Path) -> None:
+    spec, weights = loader.load_weights(write(tmp_path, tensors()), quantize="int4")
+    assert weights.keys() == weight_shapes(spec).keys()
+    for name, weight in weights.items():
+        assert isinstance(weight, Quantized) == (not is_norm(name)), name
+        assert tuple(weight.shape) == weight_shapes(spec)[name]
+
+
+def test_joined_tensors_are_rounded_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whatever pieces they come."""
+    monkeypatch.setattr(loader, "_CHUNK", 5 * 64)
+    stored = tensors()
+    _, weights = loader.load_weights(write(tmp_path, stored), quantize="int4")
+    qkv = torch.cat([stored[f"{LAYER}self_attn.{part}_proj.weight"] for part in "qkv"])
+    found = weights["layers.0.attention.qkv"]
+    assert isinstance(found, Quantized)
+    assert torch.equal(found.dequantize(), INT4.quantize(qkv).dequantize())
+
+
+def test_a_quantized_model_runs(tmp_path: Path) -> None:
+    plain, rounded = (loader.load(write(tmp_path, tensors()), quantize=each) for each in ("none", "int8"))
+    hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    exact, got = plain.logits(hidden), rounded.logits(hidden)
+    assert not torch.equal(got, exact)
+    assert (got - exact).norm() < 0.03 * exact.norm()
+
+
+def test_a_format_that_there_is_not(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loader.load_weights(write(tmp_path, tensors()), quantize="int5")
+    assert caught.value.code == "unknown_choice"
+
+
+def test_a_quantized_checkpoint_stays_as_it_is(tmp_path: Path) -> None:
+    stored = quantized_tensors()
+    folder = write(tmp_path, stored, quantization_config=W8A8)
+    seen: list[tuple[int, int]] = []
+    _, weights = loader.load_weights(folder, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (sum(tensor.nbytes for tensor in stored.values()),) * 2
+    gate_up = weights["layers.0.mlp.gate_up"]
+    assert isinstance(gate_up, Quantized)
+    assert torch.equal(
+        gate_up.whole(), torch.cat([stored[f"{LAYER}mlp.{part}_proj.weight"] for part in ("gate", "up")])
+    )
+    assert isinstance(weights["embedding"], Tensor)
+    _, rounded = loader.load_weights(folder, quantize="int4")
+    assert isinstance(rounded["embedding"], Quantized)
+    assert isinstance(down := rounded["layers.0.mlp.down"], Quantized)
+    assert down.group == 0
+    assert loader.load(folder).spec.model_type == "llama"
+
+
+def test_a_layer_that_the_checkpoint_leaves_alone(tmp_path: Path) -> None:
+    folder = write(tmp_path, quantized_tensors("self_attn.o_proj"), quantization_config=W8A8)
+    _, weights = loader.load_weights(folder)
+    assert isinstance(weights["layers.0.attention.out"], Tensor)
+    assert isinstance(weights["layers.0.mlp.down"], Quantized)
+
+
+def test_joined_layers_must_be_stored_alike(tmp_path: Path) -> None:
+    folder = write(tmp_path, quantized_tensors("self_attn.k_proj"), quantization_config=W8A8)
+    with pytest.raises(ModelError, match="k_proj") as caught:
+        loader.load_weights(folder)
+    assert caught.value.code == "unsupported_model"
+
+
+@pytest.mark.parametrize("wrong", ["missing", "shape", "leftover"])
+def test_quantized_tensors_are_checked_like_others(tmp_path: Path, wrong: str) -> None:
+    stored = quantized_tensors()
+    name = f"{LAYER}mlp.up_proj.weight"
+    if wrong == "missing":
+        del stored[name]
+    elif wrong == "shape":
+        stored[name] = stored[name][:-1].contiguous()
+    else:
+        name = f"{LAYER}mlp.up_proj.weight_packed"
+        stored[name] = torch.zeros(3)
+    with pytest.raises(ModelError) as caught:
+        loader.load_weights(write(tmp_path, stored, quantization_config=W8A8))
+    assert (caught.value.code, caught.value.field) == ("checkpoint_mismatch", name)
