@@ -39,7 +39,7 @@ def model_folder(name: str = "qwen3-0.6b-random") -> Path:
 def token_ids(seed: int, count: int) -> list[int]:
     """Random token ids, the same for every engine."""
     rng = random.Random(seed)
-    return [rng.randrange(300, 8000) for _ in range(count)]
+    return [rng.randrange(300, 4000) for _ in range(count)]
 
 
 def ragged_requests(seed: int, count: int = 32) -> list[tuple[list[int], int]]:

@@ -361,6 +361,9 @@ namespace {
 
 constexpr std::size_t kAlign = 64;
 
+// Whether the weight takes rows of bf16 without preparation.
+bool as_they_are(const Weight& w) { return w.format == Format::bf16 && w.k == w.depth; }
+
 std::size_t row_stride(const Weight& w) {
     const std::size_t bytes = w.format == Format::bf16 ? 2 * static_cast<std::size_t>(w.depth) : w.depth;
     return (bytes + kAlign - 1) / kAlign * kAlign;
@@ -395,12 +398,13 @@ void quantize_row(const bf16* x, int k, int depth, std::int8_t* out, float& scal
 }  // namespace
 
 std::size_t rows_bytes(const Weight& w, int m) {
+    if (as_they_are(w)) return 0;
     const std::size_t numbers = (4 * static_cast<std::size_t>(m) + kAlign - 1) / kAlign * kAlign;
-    return m * row_stride(w) + (w.format == Format::bf16 ? 0 : 2 * numbers);
+    return m * row_stride(w) + 2 * numbers;
 }
 
 Rows prepare_rows(const Weight& w, const bf16* x, std::int64_t stride, int m, void* memory) {
-    if (w.format == Format::bf16 && w.k == w.depth) return {x, 2 * stride, nullptr, nullptr};
+    if (as_they_are(w)) return {x, 2 * stride, nullptr, nullptr};
     auto* data = static_cast<char*>(memory);
     const auto row_bytes = static_cast<std::int64_t>(row_stride(w));
     if (w.format == Format::bf16) {
