@@ -50,22 +50,26 @@ def add_normed(norm: Tensor, eps: float) -> WayBack:
     return add_projection
 
 
-@dataclass(frozen=True)
 class NativeAttention:
-    """Attention over the packed cache of one layer, from the residual stream to the input of the way back."""
+    """Attention over the packed cache of one layer, from the residual stream to the input of the way back.
 
-    prepare: AttentionInput
-    scale: float
-    window: int | None
-    softcap: float | None
+    Args:
+        prepare: norm, qkv, rotation and cache write.
+        scale, window, softcap: as `kernels.paged_attention` takes them.
+    """
+
+    def __init__(self, prepare: AttentionInput, scale: float, window: int | None, softcap: float | None) -> None:
+        self._prepare = prepare
+        self._options = (scale, window, softcap)
+        self._cache: PackedCache | None = None
 
     def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], kv: KVView) -> Tensor:
         """[T, H] to [T, Hq * D]. Writes the tokens' keys and values into the cache."""
-        cache = PackedCache(kv.k_cache, kv.v_cache)
-        q = self.prepare(x, angles, cache, kv.slots)
-        attended = cache.attend(
-            q, kv.block_table, kv.query_start, kv.context_lens, self.scale, self.window, self.softcap
-        )
+        cache = self._cache
+        if cache is None or cache.keys is not kv.k_cache or cache.values is not kv.v_cache:
+            cache = self._cache = PackedCache(kv.k_cache, kv.v_cache)  # once: a model keeps its cache
+        q = self._prepare(x, angles, cache, kv.slots)
+        attended = cache.attend(q, kv.block_table, kv.query_start, kv.context_lens, *self._options)
         return attended.flatten(1)
 
 

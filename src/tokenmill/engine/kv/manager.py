@@ -97,7 +97,10 @@ class KVManager:
     @property
     def pinned(self) -> int:
         """Blocks held by pins."""
-        return len({block for pin in self._pins.values() for block in pin.blocks})
+        return len(self._pinned_blocks())
+
+    def _pinned_blocks(self) -> set[int]:
+        return {block for pin in self._pins.values() for block in pin.blocks}
 
     def fingerprint(self, sequence: Sequence) -> Fingerprint:
         """The sequence's digests, brought up to date with its tokens."""
@@ -351,7 +354,7 @@ class KVManager:
         fingerprint.extend(token_ids)
         hit = self._longest(fingerprint.digests, len(token_ids) + 1)
         blocks = tuple(block for table in hit.tables for block in table if block != NULL_BLOCK)
-        pinned = {block for pin in self._pins.values() for block in pin.blocks} | set(blocks)
+        pinned = self._pinned_blocks() | set(blocks)
         if self._room(len(pinned)) < keep:
             raise RequestError(
                 "pin_too_large", f"Pinning {hit.tokens} tokens would leave no room for a request of {keep} tokens."
