@@ -20,7 +20,7 @@ namespace tokenmill {
 
 using bf16 = std::uint16_t;  // the upper half of a float
 
-enum class Isa { portable, avx2, avx512, avx512bf16 };
+enum class Isa { portable, avx2, avx512, avx512bf16, amx };
 
 // The best instruction set of this machine, or a lesser one that the environment variable TOKENMILL_ISA names. Chosen
 // once.
@@ -30,7 +30,7 @@ const char* name(Isa isa);
 
 template <class Signature>
 struct Kernel {
-    Signature* variants[4];
+    Signature* variants[5];
 
     template <class... Arguments>
     auto operator()(Arguments&&... arguments) const {
@@ -52,8 +52,11 @@ struct Kernel {
     namespace avx512bf16 {                                                                   \
     std::type_identity_t<__VA_ARGS__> name;                                                  \
     }                                                                                        \
+    namespace amx {                                                                          \
+    std::type_identity_t<__VA_ARGS__> name;                                                  \
+    }                                                                                        \
     inline constexpr Kernel<__VA_ARGS__> name {                                              \
-        { &portable::name, &avx2::name, &avx512::name, &avx512bf16::name }                   \
+        { &portable::name, &avx2::name, &avx512::name, &avx512bf16::name, &amx::name }       \
     }
 #else
 #define TOKENMILL_KERNEL(name, ...)                                                          \
