@@ -1,5 +1,6 @@
 #include "linear.h"
 
+#include "linear_tiles.h"
 #include "threads.h"
 #include "vec.h"
 
@@ -16,7 +17,14 @@ constexpr int kThin = 0;
 #endif
 constexpr int kUnit = 4;  // panels of a task at most
 constexpr int kPanel = 32;
+#if defined(__AMX_TILE__)
+constexpr int kMostRows = TileBlock::kMostRows;  // of one block
+#else
+constexpr int kMostRows = kRows > kThin ? kRows : kThin;
+#endif
 constexpr int kTasks = 16;   // per thread, if there are enough panels: few enough that a task reads on and on
+constexpr std::int64_t kChunkBytes = 1 << 20;  // of rows that the tile unit is given before it turns to other panels
+constexpr int kByVectors = 4;  // rows of integers up to which vectors are as fast as tiles
 constexpr int kNear = 2048;  // bytes to ask for ahead of time where weights come from memory and are used once
 
 template <class T>
@@ -27,7 +35,7 @@ T read(const void* p) {
 }
 
 // Results of a block of rows for the panels of a task.
-using Tile = float[kRows > kThin ? kRows : kThin][kUnit * kPanel];
+using Tile = float[kMostRows][kUnit * kPanel];
 
 // The weights to ask memory for while others are in use.
 struct Ahead {
@@ -300,57 +308,125 @@ void finish(const Weight& w, int first_panel, int panels, int row, int count, Ep
     }
 }
 
-}  // namespace
+// The rows from `begin` to `end` of some panels, which stay in the cache from one block of rows to the next.
+struct Unit {
+    const Weight& w;
+    const Rows& rows;
+    int begin, end;
+    int first_panel, panels;
+    Epilogue epilogue;
+    void* out;
+    std::int64_t out_stride;
+    int thread;
 
-namespace {
+    int steps() const { return w.format == Format::bf16 ? w.depth / 2 : w.depth / 4; }
+    std::int64_t panel_size() const {
+        return std::int64_t{w.depth} * (w.format == Format::bf16 ? 64 : w.format == Format::int8 ? 32 : 16);
+    }
+    const char* panel(int index) const { return static_cast<const char*>(w.data) + index * panel_size(); }
 
-// All rows from `begin` to `end` of some panels, which stay in the cache from one block of rows to the next.
-void run_unit(const Weight& w, const Rows& rows, int begin, int end, int first_panel, int panels, Epilogue epilogue,
-              void* out, std::int64_t out_stride, int thread) {
-    const int blocks = (end - begin + kRows - 1) / kRows;
-    const int steps = w.format == Format::bf16 ? w.depth / 2 : w.depth / 4;
-    const int bytes_per_input = w.format == Format::bf16 ? 64 : w.format == Format::int8 ? 32 : 16;
-    const std::int64_t panel_size = std::int64_t{w.depth} * bytes_per_input;
-
-    std::uint8_t* unpacked = nullptr;
-    if (w.format == Format::int4 && blocks > 1) {
+    // The panels of int4 as int8, one after the other.
+    std::uint8_t* unpacked() const {
         const std::size_t size = std::size_t{kPanel} * w.depth;
-        unpacked = static_cast<std::uint8_t*>(scratch(thread, size * panels));
-        for (int one = 0; one < panels; ++one) unpack_panel(w, first_panel + one, unpacked + size * one);
+        auto* memory = static_cast<std::uint8_t*>(scratch(thread, size * panels));
+        for (int one = 0; one < panels; ++one) unpack_panel(w, first_panel + one, memory + size * one);
+        return memory;
     }
-    // One block asks for the panels that it reads; several ask together, evenly, for those of the next unit.
-    Ahead ahead{kNear, static_cast<const char*>(w.data), 0};
-    if (blocks > 1) {
-        const std::int64_t pace = panels * panel_size / (std::int64_t{blocks} * steps);
-        ahead = {0, ahead.next + (first_panel + panels) * panel_size, pace};
+
+    template <class Block>
+    void for_blocks(int blocks, Block&& block) const {
+        Tile tile;
+        for (int index = 0; index < blocks; ++index) {
+            const int row = begin + static_cast<int>(std::int64_t{end - begin} * index / blocks);
+            const int count = begin + static_cast<int>(std::int64_t{end - begin} * (index + 1) / blocks) - row;
+            block(index, row, count, tile);
+            finish(w, first_panel, panels, row, count, epilogue, tile, out, out_stride);
+        }
     }
-    Tile tile;
-    for (int block = 0; block < blocks; ++block) {
-        const int row = begin + (end - begin) * block / blocks;
-        const int count = begin + (end - begin) * (block + 1) / blocks - row;
-        Block{w, rows, unpacked, first_panel, panels, row, ahead}.run(count, tile);
-        finish(w, first_panel, panels, row, count, epilogue, tile, out, out_stride);
-        ahead.next += ahead.pace * steps;
+
+    void by_vectors() const {
+        const int blocks = (end - begin + kRows - 1) / kRows;
+        const std::uint8_t* as_int8 = w.format == Format::int4 && blocks > 1 ? unpacked() : nullptr;
+        // One block asks for the panels that it reads; several ask together, evenly, for those of the next unit.
+        Ahead ahead{kNear, panel(0), 0};
+        if (blocks > 1) ahead = {0, panel(first_panel + panels), panels * panel_size() / (std::int64_t{blocks} * steps())};
+        for_blocks(blocks, [&](int, int row, int count, Tile& tile) {
+            Block{w, rows, as_int8, first_panel, panels, row, ahead}.run(count, tile);
+            ahead.next += ahead.pace * steps();
+        });
     }
-}
+
+#if defined(__AMX_TILE__)
+    void by_tiles(Tiles& tiles) const {
+        const int blocks = (end - begin + TileBlock::kMostRows - 1) / TileBlock::kMostRows;
+        const std::uint8_t* as_int8 = w.format == Format::int4 ? unpacked() : nullptr;
+        const char* data = as_int8 != nullptr ? reinterpret_cast<const char*>(as_int8) : panel(first_panel);
+        const std::int64_t size = as_int8 != nullptr ? std::int64_t{kPanel} * w.depth : panel_size();
+        const std::int64_t pace = blocks > 1 ? panel_size() / (std::int64_t{blocks} * steps()) : 0;
+        const char* later = panel(first_panel + panels);
+        for_blocks(blocks, [&](int, int row, int count, Tile& tile) {
+            const char* x = static_cast<const char*>(rows.data) + row * rows.stride;
+            const int together = count <= kTileRows ? 2 : 1;
+            for (int one = 0; one < panels; one += together, later += pace * steps()) {
+                const std::int64_t next = one + 1 < panels ? size : 0;
+                const std::int64_t ahead = blocks == 1 && as_int8 == nullptr ? kNear : 0;
+                TileBlock().run(tiles, w.format,
+                                {data + one * size, next, x, rows.stride, count, steps(), ahead, later, pace},
+                                &tile[0][one * kPanel], kUnit * kPanel);
+            }
+            if (w.format != Format::bf16) scale_tile(row, count, tile);
+        });
+    }
+
+    // Integer sums in a tile become results in their place.
+    void scale_tile(int row, int count, Tile& tile) const {
+        for (int v = 0; v < 2 * panels; ++v) {
+            const F of_output = load(w.scales + first_panel * kPanel + 16 * v);
+            for (int r = 0; r < count; ++r) {
+                float* place = &tile[r][16 * v];
+                const I exact = load_bytes(place) + iset(-128 * rows.sums[row + r]);
+                store(place, to_float(exact) * of_output * set(rows.scales[row + r]));
+            }
+        }
+    }
+#endif
+};
 
 }  // namespace
 
 void linear(const Weight& w, const Rows& rows, int m, Epilogue epilogue, void* out, std::int64_t out_stride) {
     if (m == 0) return;
-    const int unit = m <= kThin ? kUnit : 2;
+#if defined(__AMX_TILE__)
+    // Sums of bf16 come out the same only from one kind of kernel; those of integers from any.
+    const bool by_tiles = w.format == Format::bf16 || m > kByVectors;
+#else
+    constexpr bool by_tiles = false;
+#endif
+    const int unit = m <= kThin && !by_tiles ? kUnit : 2;
     const int units = (w.panels + unit - 1) / unit;
-    // Long batches are cut into chunks of rows, for balance.
-    const int chunks = m >= 128 ? (m + 255) / 256 : 1;
+    // Long batches are cut into chunks of rows, for balance and so that a chunk stays in the second-level cache.
+    const std::int64_t fit = by_tiles ? kChunkBytes / rows.stride : 256;
+    const int chunk_rows = static_cast<int>(fit < 64 ? 64 : fit);
+    const int chunks = m >= 128 ? (m + chunk_rows - 1) / chunk_rows : 1;
     const int parts = units < kTasks * thread_count() ? units : kTasks * thread_count();
     parallel(parts * chunks, [&](int task, int thread) {
         const int part = task % parts, chunk = task / parts;
         const int begin = static_cast<int>(std::int64_t{m} * chunk / chunks);
         const int end = static_cast<int>(std::int64_t{m} * (chunk + 1) / chunks);
         const int last = static_cast<int>(std::int64_t{units} * (part + 1) / parts) * unit;
+#if defined(__AMX_TILE__)
+        Tiles tiles;
+#endif
         for (int panel = static_cast<int>(std::int64_t{units} * part / parts) * unit; panel < last; panel += unit) {
             const int panels = w.panels - panel < unit ? w.panels - panel : unit;
-            run_unit(w, rows, begin, end, panel, panels, epilogue, out, out_stride, thread);
+            const Unit one{w, rows, begin, end, panel, panels, epilogue, out, out_stride, thread};
+#if defined(__AMX_TILE__)
+            if (by_tiles) {
+                one.by_tiles(tiles);
+                continue;
+            }
+#endif
+            one.by_vectors();
         }
     });
 }

@@ -41,6 +41,8 @@ inline bf16 to_bf16(float x) {
 
 // Asks for a cache line that will be read soon. Any address will do.
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+// The same for what is not needed so soon, or too much for the first-level cache.
+inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 

@@ -150,6 +150,6 @@ def test_mlp_input_is_norm_product_and_gate(format: Format, activation: Any, wit
         assert torch.equal(fused(x[row : row + 1]), result[row : row + 1])
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 def test_every_instruction_set_passes_these_tests(isa: str, run_tests_with_isa: Any) -> None:
     run_tests_with_isa(isa, __file__)

@@ -28,7 +28,7 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 SHAPES = [(1, 1), (7, 33), (33, 7), (100, 100), (31, 257), (224, 320)]
 ROWS = [1, 2, 3, 4, 6, 7, 8, 13, 64, 150]
-ISAS = ("portable", "avx2", "avx512", "avx512bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 formats = pytest.mark.parametrize("how", FORMATS.values(), ids=FORMATS)
 

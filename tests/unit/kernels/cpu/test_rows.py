@@ -96,6 +96,6 @@ def test_what_is_not_finite_travels(value: float) -> None:
             assert torch.equal(function(x * sign).isnan(), operation.reference(x * sign).isnan())
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 def test_every_instruction_set_passes_these_tests(isa: str, run_tests_with_isa: Any) -> None:
     run_tests_with_isa(isa, __file__)

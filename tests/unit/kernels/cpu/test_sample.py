@@ -135,6 +135,6 @@ def test_logprobs_of_a_large_vocabulary(k: int) -> None:
     torch.testing.assert_close(top_logprobs.double(), exact.gather(1, top_ids), rtol=1e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 def test_every_instruction_set_passes_these_tests(isa: str, run_tests_with_isa: Any) -> None:
     run_tests_with_isa(isa, __file__)
