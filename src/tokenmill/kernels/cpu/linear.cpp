@@ -17,14 +17,12 @@ constexpr int kThin = 0;
 #endif
 constexpr int kUnit = 4;  // panels of a task at most
 constexpr int kPanel = 32;
-#if defined(__AMX_TILE__)
-constexpr int kMostRows = TileBlock::kMostRows;  // of one block
-#else
 constexpr int kMostRows = kRows > kThin ? kRows : kThin;
-#endif
 constexpr int kTasks = 16;   // per thread, if there are enough panels: few enough that a task reads on and on
-constexpr std::int64_t kChunkBytes = 1 << 20;  // of rows that the tile unit is given before it turns to other panels
+#if defined(__AMX_TILE__)
+constexpr std::int64_t kNearRows = 1 << 20;  // bytes of rows for the tile unit before it turns to other panels
 constexpr int kByVectors = 4;  // rows of integers up to which vectors are as fast as tiles
+#endif
 constexpr int kNear = 2048;  // bytes to ask for ahead of time where weights come from memory and are used once
 
 template <class T>
@@ -273,40 +271,65 @@ F get_some(const bf16* in, int count) {
     return load(lanes);
 }
 
-void finish(const Weight& w, int first_panel, int panels, int row, int count, Epilogue epilogue, const Tile& tile,
-            void* out, std::int64_t stride) {
-    const bool gated = epilogue == Epilogue::silu_gated || epilogue == Epilogue::gelu_gated;
-    const auto value = [&](int r, int column) {
-        const F y = load(&tile[r][column]);
-        return w.bias != nullptr ? y + load(w.bias + first_panel * kPanel + column) : y;
-    };
-    const int width = gated ? w.n / 2 : w.n, vectors = gated ? panels : 2 * panels;
-    const int first = gated ? first_panel / 2 * kPanel : first_panel * kPanel;
-    for (int r = 0; r < count; ++r) {
-        for (int v = 0; v < vectors; ++v) {
-            const int place = first + 16 * v, left = width - place;
-            if (left <= 0) break;
-            auto* narrow = static_cast<bf16*>(out) + (row + r) * stride + place;
-            switch (epilogue) {
-                case Epilogue::bf16:
-                    put_some(narrow, value(r, 16 * v), left);
-                    break;
-                case Epilogue::f32:
-                    put_some(static_cast<float*>(out) + (row + r) * stride + place, value(r, 16 * v), left);
-                    break;
-                case Epilogue::add_bf16:
-                    put_some(narrow, get_some(narrow, left) + value(r, 16 * v), left);
-                    break;
-                case Epilogue::silu_gated:
-                case Epilogue::gelu_gated: {
-                    const int column = v / 2 * 2 * kPanel + v % 2 * 16;  // gate; up is one panel further
-                    const F gate = value(r, column), up = value(r, column + kPanel);
-                    put_some(narrow, (epilogue == Epilogue::silu_gated ? silu(gate) : gelu(gate)) * up, left);
-                }
+// Where the results of some panels go.
+struct Output {
+    const Weight& w;
+    Epilogue epilogue;
+    void* out;
+    std::int64_t stride;
+
+    bool gated() const { return epilogue == Epilogue::silu_gated || epilogue == Epilogue::gelu_gated; }
+    int first_column(int panel) const { return (gated() ? panel / 2 : panel) * kPanel; }
+    int columns(int panels) const { return (gated() ? panels / 2 : panels) * kPanel; }
+
+    // Asks for the memory that `finish` will write.
+    void expect(int panel, int panels, int row, int count) const {
+        const int size = epilogue == Epilogue::f32 ? 4 : 2, bytes = columns(panels) * size;
+        const char* at = static_cast<const char*>(out) + (row * stride + first_column(panel)) * size;
+        for (int r = 0; r < count; ++r, at += stride * size) {
+            for (int i = 0; i < bytes; i += 64) prefetch_to_write(at + i);
+        }
+    }
+
+    // `sums` holds what came out for `count` rows, `width` from row to row.
+    void finish(int panel, int panels, int row, int count, const float* sums, int width) const {
+        switch (epilogue) {
+            case Epilogue::bf16:
+                return each<bf16, 0>(panel, panels, row, count, sums, width, [](F y, F, F) { return y; });
+            case Epilogue::f32:
+                return each<float, 0>(panel, panels, row, count, sums, width, [](F y, F, F) { return y; });
+            case Epilogue::add_bf16:
+                return each<bf16, 1>(panel, panels, row, count, sums, width, [](F y, F, F was) { return was + y; });
+            case Epilogue::silu_gated:
+                return each<bf16, 2>(panel, panels, row, count, sums, width, [](F y, F up, F) { return silu(y) * up; });
+            case Epilogue::gelu_gated:
+                return each<bf16, 2>(panel, panels, row, count, sums, width, [](F y, F up, F) { return gelu(y) * up; });
+        }
+    }
+
+  private:
+    // `operands`: 0 for the result alone, 1 with what is there already, 2 with that of up.
+    template <class T, int operands, class Fn>
+    void each(int panel, int panels, int row, int count, const float* sums, int width, Fn&& fn) const {
+        const int first = first_column(panel), all = operands == 2 ? w.n / 2 : w.n;
+        const float* bias = w.bias == nullptr ? nullptr : w.bias + panel * kPanel;
+        for (int place = 0; place < columns(panels) && first + place < all; place += 16) {
+            const int from = operands == 2 ? place / kPanel * 2 * kPanel + place % kPanel : place;
+            const F b = bias == nullptr ? zero() : load(bias + from);
+            const F b_up = operands < 2 || bias == nullptr ? zero() : load(bias + from + kPanel);
+            const int left = all - first - place;
+            T* to = static_cast<T*>(out) + row * stride + first + place;
+            const float* y = sums + from;
+            for (int r = 0; r < count; ++r, to += stride, y += width) {
+                const F value = bias == nullptr ? load(y) : load(y) + b;
+                F up = zero(), was = zero();
+                if constexpr (operands == 1) was = get_some(to, left);
+                if constexpr (operands == 2) up = bias == nullptr ? load(y + kPanel) : load(y + kPanel) + b_up;
+                put_some(to, fn(value, up, was), left);
             }
         }
     }
-}
+};
 
 // The rows from `begin` to `end` of some panels, which stay in the cache from one block of rows to the next.
 struct Unit {
@@ -314,114 +337,164 @@ struct Unit {
     const Rows& rows;
     int begin, end;
     int first_panel, panels;
-    Epilogue epilogue;
-    void* out;
-    std::int64_t out_stride;
+    const Output& output;
     int thread;
 
-    int steps() const { return w.format == Format::bf16 ? w.depth / 2 : w.depth / 4; }
     std::int64_t panel_size() const {
         return std::int64_t{w.depth} * (w.format == Format::bf16 ? 64 : w.format == Format::int8 ? 32 : 16);
     }
     const char* panel(int index) const { return static_cast<const char*>(w.data) + index * panel_size(); }
 
-    // The panels of int4 as int8, one after the other.
-    std::uint8_t* unpacked() const {
-        const std::size_t size = std::size_t{kPanel} * w.depth;
-        auto* memory = static_cast<std::uint8_t*>(scratch(thread, size * panels));
-        for (int one = 0; one < panels; ++one) unpack_panel(w, first_panel + one, memory + size * one);
-        return memory;
+    void unpack_panels(std::uint8_t* out) const {
+        for (int one = 0; one < panels; ++one, out += kPanel * w.depth) unpack_panel(w, first_panel + one, out);
     }
+    std::size_t unpacked_bytes() const { return std::size_t{kPanel} * w.depth * panels; }
 
-    template <class Block>
-    void for_blocks(int blocks, Block&& block) const {
+    void by_vectors() const {
+        const int steps = w.format == Format::bf16 ? w.depth / 2 : w.depth / 4;
+        const int blocks = (end - begin + kRows - 1) / kRows;
+        std::uint8_t* as_int8 = nullptr;
+        if (w.format == Format::int4 && blocks > 1) {
+            as_int8 = static_cast<std::uint8_t*>(scratch(thread, unpacked_bytes()));
+            unpack_panels(as_int8);
+        }
+        // One block asks for the panels that it reads; several ask together, evenly, for those of the next unit.
+        Ahead ahead{kNear, panel(0), 0};
+        if (blocks > 1) ahead = {0, panel(first_panel + panels), panels * panel_size() / (std::int64_t{blocks} * steps)};
         Tile tile;
-        for (int index = 0; index < blocks; ++index) {
-            const int row = begin + static_cast<int>(std::int64_t{end - begin} * index / blocks);
-            const int count = begin + static_cast<int>(std::int64_t{end - begin} * (index + 1) / blocks) - row;
-            block(index, row, count, tile);
-            finish(w, first_panel, panels, row, count, epilogue, tile, out, out_stride);
+        for (int block = 0; block < blocks; ++block, ahead.next += ahead.pace * steps) {
+            const int row = begin + static_cast<int>(std::int64_t{end - begin} * block / blocks);
+            const int count = begin + static_cast<int>(std::int64_t{end - begin} * (block + 1) / blocks) - row;
+            Block{w, rows, as_int8, first_panel, panels, row, ahead}.run(count, tile);
+            output.finish(first_panel, panels, row, count, &tile[0][0], kUnit * kPanel);
         }
     }
 
-    void by_vectors() const {
-        const int blocks = (end - begin + kRows - 1) / kRows;
-        const std::uint8_t* as_int8 = w.format == Format::int4 && blocks > 1 ? unpacked() : nullptr;
-        // One block asks for the panels that it reads; several ask together, evenly, for those of the next unit.
-        Ahead ahead{kNear, panel(0), 0};
-        if (blocks > 1) ahead = {0, panel(first_panel + panels), panels * panel_size() / (std::int64_t{blocks} * steps())};
-        for_blocks(blocks, [&](int, int row, int count, Tile& tile) {
-            Block{w, rows, as_int8, first_panel, panels, row, ahead}.run(count, tile);
-            ahead.next += ahead.pace * steps();
-        });
-    }
-
 #if defined(__AMX_TILE__)
+    // In tiles, `begin` is a multiple of a block's rows.
     void by_tiles(Tiles& tiles) const {
-        const int blocks = (end - begin + TileBlock::kMostRows - 1) / TileBlock::kMostRows;
-        const std::uint8_t* as_int8 = w.format == Format::int4 ? unpacked() : nullptr;
-        const char* data = as_int8 != nullptr ? reinterpret_cast<const char*>(as_int8) : panel(first_panel);
-        const std::int64_t size = as_int8 != nullptr ? std::int64_t{kPanel} * w.depth : panel_size();
-        const std::int64_t pace = blocks > 1 ? panel_size() / (std::int64_t{blocks} * steps()) : 0;
-        const char* later = panel(first_panel + panels);
-        for_blocks(blocks, [&](int, int row, int count, Tile& tile) {
-            const char* x = static_cast<const char*>(rows.data) + row * rows.stride;
-            const int together = count <= kTileRows ? 2 : 1;
-            for (int one = 0; one < panels; one += together, later += pace * steps()) {
-                const std::int64_t next = one + 1 < panels ? size : 0;
-                const std::int64_t ahead = blocks == 1 && as_int8 == nullptr ? kNear : 0;
-                TileBlock().run(tiles, w.format,
-                                {data + one * size, next, x, rows.stride, count, steps(), ahead, later, pace},
-                                &tile[0][one * kPanel], kUnit * kPanel);
-            }
-            if (w.format != Format::bf16) scale_tile(row, count, tile);
-        });
+        const std::size_t sums_bytes = sizeof(float) * row_blocks(end - begin) * kBlockRows * panels * kPanel;
+        auto* memory = static_cast<char*>(scratch(thread, sums_bytes + unpacked_bytes()));
+        auto* sums = reinterpret_cast<float*>(memory);
+        const char* data = panel(first_panel);
+        std::int64_t size = panel_size();
+        if (w.format == Format::int4) {
+            unpack_panels(reinterpret_cast<std::uint8_t*>(memory + sums_bytes));
+            data = memory + sums_bytes;
+            size = std::int64_t{kPanel} * w.depth;
+        }
+        rows.in_tiles ? many_rows(tiles, data, size, sums) : few_rows(tiles, data, size, sums);
     }
 
-    // Integer sums in a tile become results in their place.
-    void scale_tile(int row, int count, Tile& tile) const {
-        for (int v = 0; v < 2 * panels; ++v) {
-            const F of_output = load(w.scales + first_panel * kPanel + 16 * v);
-            for (int r = 0; r < count; ++r) {
-                float* place = &tile[r][16 * v];
-                const I exact = load_bytes(place) + iset(-128 * rows.sums[row + r]);
-                store(place, to_float(exact) * of_output * set(rows.scales[row + r]));
+    // Up to a block of rows, where they are.
+    void few_rows(Tiles& tiles, const char* data, std::int64_t size, float* sums) const {
+        const int count = end - begin;
+        const bool wide = count <= kTileRows;
+        const int upper = wide ? count : (count + 1) / 2;
+        const TileSteps steps(w);
+        for (int one = 0; one < panels; one += wide ? 2 : 1) {
+            const std::int64_t next = one + 1 < panels ? size : 0, ahead = w.format == Format::int4 ? 0 : kNear;
+            TileProduct{wide, data + one * size, next, static_cast<const char*>(rows.data), rows.stride,
+                        4 * steps.depth, upper, upper * rows.stride, count, steps, steps.count, false, ahead, nullptr, 0}
+                .run(tiles, w.format, sums + one * kPanel, panels * kPanel);
+        }
+        finish(begin, count, sums);
+    }
+
+    void many_rows(Tiles& tiles, const char* data, std::int64_t size, float* sums) const {
+        const TileSteps steps(w);
+        const int all = row_blocks(rows.count), first = begin / kBlockRows, blocks = row_blocks(end - begin);
+        const int width = panels * kPanel;
+        // All steps together ask for the panels of the next unit, evenly.
+        const std::int64_t pace = panel_size() / (std::int64_t{blocks} * steps.count);
+        const char* later = panel(first_panel + panels);
+        for (int one = 0; one < panels; ++one) {
+            for (int chunk = 0; chunk < steps.chunks(); ++chunk) {
+                const char* part = data + one * size + std::int64_t{chunk} * kChunkSteps * steps.depth * 128;
+                const int todo = steps.of_chunk(chunk);
+                const bool last = one + 1 == panels && chunk + 1 == steps.chunks();
+                for (int block = 0; block < blocks; ++block, later += pace * todo) {
+                    const int row = begin + block * kBlockRows;
+                    if (last && block + 1 < blocks) expect(row + kBlockRows);
+                    float* of_block = sums + std::int64_t{block} * kBlockRows * width;
+                    const char* x = static_cast<const char*>(rows.data) + tiles_at(steps, all, chunk, first + block);
+                    TileProduct{false, part, 0, x, kTileBytes, 2 * kTile, kTileRows, kTile, kBlockRows, steps, todo,
+                                chunk > 0, 0, later, pace}
+                        .run(tiles, w.format, of_block + one * kPanel, width);
+                    if (last) finish(row, rows_of(row), of_block);
+                }
+            }
+        }
+    }
+
+    int rows_of(int row) const { return end - row < kBlockRows ? end - row : kBlockRows; }
+    void expect(int row) const { output.expect(first_panel, panels, row, rows_of(row)); }
+
+    void finish(int row, int count, float* sums) const {
+        if (w.format != Format::bf16) scale_sums(row, count, sums);
+        output.finish(first_panel, panels, row, count, sums, panels * kPanel);
+    }
+
+    // Integer sums become results in their place.
+    void scale_sums(int row, int count, float* sums) const {
+        const int width = panels * kPanel;
+        for (int r = 0; r < count; ++r, sums += width) {
+            const F of_row = set(rows.scales[row + r]);
+            const I surplus = iset(-128 * rows.sums[row + r]);
+            for (int i = 0; i < width; i += 16) {
+                const F of_output = load(w.scales + first_panel * kPanel + i);
+                store(sums + i, to_float(load_bytes(sums + i) + surplus) * of_output * of_row);
             }
         }
     }
 #endif
 };
 
+// Whether some rows go through the tile unit: sums of bf16 come out the same only from one kind of kernel, those of
+// integers from any.
+bool by_tiles([[maybe_unused]] const Weight& w, [[maybe_unused]] int m) {
+#if defined(__AMX_TILE__)
+    return w.format == Format::bf16 || m > kByVectors;
+#else
+    return false;
+#endif
+}
+
+// Chunks of rows, for balance and so that those of a chunk stay in the second-level cache.
+int chunk_rows([[maybe_unused]] const Weight& w, [[maybe_unused]] const Rows& rows, int m) {
+#if defined(__AMX_TILE__)
+    if (rows.in_tiles) {
+        const int fit = static_cast<int>(kNearRows / TileSteps(w).row_bytes()) / kBlockRows;
+        const int blocks = row_blocks(m), chunks = (blocks + (fit > 3 ? fit : 4) - 1) / (fit > 3 ? fit : 4);
+        return (blocks + chunks - 1) / chunks * kBlockRows;
+    }
+#endif
+    const int chunks = m >= 128 ? (m + 255) / 256 : 1;
+    return (m + chunks - 1) / chunks;
+}
+
 }  // namespace
 
 void linear(const Weight& w, const Rows& rows, int m, Epilogue epilogue, void* out, std::int64_t out_stride) {
     if (m == 0) return;
-#if defined(__AMX_TILE__)
-    // Sums of bf16 come out the same only from one kind of kernel; those of integers from any.
-    const bool by_tiles = w.format == Format::bf16 || m > kByVectors;
-#else
-    constexpr bool by_tiles = false;
-#endif
-    const int unit = m <= kThin && !by_tiles ? kUnit : 2;
+    const bool tiled = by_tiles(w, m);
+    const int unit = m <= kThin && !tiled ? kUnit : 2;
     const int units = (w.panels + unit - 1) / unit;
-    // Long batches are cut into chunks of rows, for balance and so that a chunk stays in the second-level cache.
-    const std::int64_t fit = by_tiles ? kChunkBytes / rows.stride : 256;
-    const int chunk_rows = static_cast<int>(fit < 64 ? 64 : fit);
-    const int chunks = m >= 128 ? (m + chunk_rows - 1) / chunk_rows : 1;
+    const int of_chunk = chunk_rows(w, rows, m), chunks = (m + of_chunk - 1) / of_chunk;
     const int parts = units < kTasks * thread_count() ? units : kTasks * thread_count();
+    const Output output{w, epilogue, out, out_stride};
     parallel(parts * chunks, [&](int task, int thread) {
         const int part = task % parts, chunk = task / parts;
-        const int begin = static_cast<int>(std::int64_t{m} * chunk / chunks);
-        const int end = static_cast<int>(std::int64_t{m} * (chunk + 1) / chunks);
+        const int begin = chunk * of_chunk, end = m - begin < of_chunk ? m : begin + of_chunk;
         const int last = static_cast<int>(std::int64_t{units} * (part + 1) / parts) * unit;
 #if defined(__AMX_TILE__)
         Tiles tiles;
 #endif
         for (int panel = static_cast<int>(std::int64_t{units} * part / parts) * unit; panel < last; panel += unit) {
             const int panels = w.panels - panel < unit ? w.panels - panel : unit;
-            const Unit one{w, rows, begin, end, panel, panels, epilogue, out, out_stride, thread};
+            const Unit one{w, rows, begin, end, panel, panels, output, thread};
 #if defined(__AMX_TILE__)
-            if (by_tiles) {
+            if (tiled) {
                 one.by_tiles(tiles);
                 continue;
             }
@@ -437,13 +510,32 @@ namespace {
 
 constexpr std::size_t kAlign = 64;
 
+// Whether rows are laid out in tiles.
+bool in_tiles([[maybe_unused]] const Weight& w, [[maybe_unused]] int m) {
+#if defined(__AMX_TILE__)
+    return by_tiles(w, m) && m > kBlockRows;
+#else
+    return false;
+#endif
+}
+
 // Whether the weight takes rows of bf16 without preparation.
-bool as_they_are(const Weight& w) { return w.format == Format::bf16 && w.k == w.depth; }
+bool as_they_are(const Weight& w, int m) { return w.format == Format::bf16 && w.k == w.depth && !in_tiles(w, m); }
 
 std::size_t row_stride(const Weight& w) {
     const std::size_t bytes = w.format == Format::bf16 ? 2 * static_cast<std::size_t>(w.depth) : w.depth;
     return (bytes + kAlign - 1) / kAlign * kAlign;
 }
+
+// Bytes of the prepared rows.
+std::size_t data_bytes(const Weight& w, int m) {
+#if defined(__AMX_TILE__)
+    if (in_tiles(w, m)) return std::size_t{kBlockRows} * row_blocks(m) * TileSteps(w).row_bytes();
+#endif
+    return m * row_stride(w);
+}
+
+std::size_t numbers_bytes(int m) { return (4 * static_cast<std::size_t>(m) + kAlign - 1) / kAlign * kAlign; }
 
 void quantize_row(const bf16* x, int k, int depth, std::int8_t* out, float& scale, std::int32_t& sum) {
     const int whole = k / 16 * 16;
@@ -474,34 +566,38 @@ void quantize_row(const bf16* x, int k, int depth, std::int8_t* out, float& scal
 }  // namespace
 
 std::size_t rows_bytes(const Weight& w, int m) {
-    if (as_they_are(w)) return 0;
-    const std::size_t numbers = (4 * static_cast<std::size_t>(m) + kAlign - 1) / kAlign * kAlign;
-    return m * row_stride(w) + 2 * numbers;
+    if (as_they_are(w, m)) return 0;
+    return data_bytes(w, m) + (w.format == Format::bf16 ? 0 : 2 * numbers_bytes(m));
 }
 
 Rows prepare_rows(const Weight& w, const bf16* x, std::int64_t stride, int m, void* memory) {
-    if (as_they_are(w)) return {x, 2 * stride, nullptr, nullptr};
+    if (as_they_are(w, m)) return {x, 2 * stride, nullptr, nullptr, m, false};
     auto* data = static_cast<char*>(memory);
     const auto row_bytes = static_cast<std::int64_t>(row_stride(w));
-    if (w.format == Format::bf16) {
-        for (int r = 0; r < m; ++r) {
-            auto* out = reinterpret_cast<bf16*>(data + r * row_bytes);
-            std::memcpy(out, x + r * stride, 2 * static_cast<std::size_t>(w.k));
-            out[w.k] = 0;
-        }
-        return {data, row_bytes, nullptr, nullptr};
-    }
-    auto* scales = reinterpret_cast<float*>(data + m * row_bytes);
-    auto* sums = reinterpret_cast<std::int32_t*>(data + (m * row_bytes + rows_bytes(w, m)) / 2);
+    auto* scales = reinterpret_cast<float*>(data + data_bytes(w, m));
+    auto* sums = reinterpret_cast<std::int32_t*>(data + data_bytes(w, m) + numbers_bytes(m));
+    const bool tiled = in_tiles(w, m);
     constexpr int some = 16;
-    parallel((m + some - 1) / some, [&](int task, int) {
+    parallel((m + some - 1) / some, [&](int task, int thread) {
         const int end = (task + 1) * some < m ? (task + 1) * some : m;
         for (int r = task * some; r < end; ++r) {
-            auto* out = reinterpret_cast<std::int8_t*>(data + r * row_bytes);
-            quantize_row(x + r * stride, w.k, w.depth, out, scales[r], sums[r]);
+            char* out = tiled ? static_cast<char*>(scratch(thread, row_bytes)) : data + r * row_bytes;
+            [[maybe_unused]] const char* row = out;
+            if (w.format != Format::bf16) {
+                quantize_row(x + r * stride, w.k, w.depth, reinterpret_cast<std::int8_t*>(out), scales[r], sums[r]);
+            } else if (tiled && w.k == w.depth) {
+                row = reinterpret_cast<const char*>(x + r * stride);
+            } else {
+                std::memcpy(out, x + r * stride, 2 * static_cast<std::size_t>(w.k));
+                if (w.depth > w.k) reinterpret_cast<bf16*>(out)[w.k] = 0;
+            }
+#if defined(__AMX_TILE__)
+            if (tiled) put_in_tiles(row, r, m, TileSteps(w), data);
+#endif
         }
     });
-    return {data, row_bytes, scales, sums};
+    if (w.format == Format::bf16) return {data, row_bytes, nullptr, nullptr, m, tiled};
+    return {data, row_bytes, scales, sums, m, tiled};
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

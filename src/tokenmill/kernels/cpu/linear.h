@@ -44,8 +44,10 @@ struct Weight {
 struct Rows {
     const void* data;           // bf16 or int8, `depth` of them per row
     std::int64_t stride;        // bytes from row to row
-    const float* scales;        // int8: [m]
-    const std::int32_t* sums;   // int8: [m], the sum of a row's integers
+    const float* scales;        // int8: [count]
+    const std::int32_t* sums;   // int8: [count], the sum of a row's integers
+    int count;
+    bool in_tiles;              // then data is in the order of linear_tiles.h
 };
 
 // What becomes of a result y.

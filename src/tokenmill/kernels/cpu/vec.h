@@ -43,6 +43,7 @@ inline bf16 to_bf16(float x) {
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 // The same for what is not needed so soon, or too much for the first-level cache.
 inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 
@@ -62,12 +63,17 @@ inline F load(const bf16* p) {
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))};
 }
 inline void store(bf16* p, F a) {
+#if defined(__AVX512BF16__)
+    const __m256i narrow = (__m256i)_mm512_cvtneps_pbh(a.v);  // makes subnormal numbers zeros
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
+#else
     const __m512i bits = _mm512_castps_si512(a.v);
     const __m512i even = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(even, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
     rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x00400000));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+#endif
 }
 inline F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
