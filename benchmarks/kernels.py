@@ -73,13 +73,13 @@ def median_seconds(call: Callable[[], object]) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def measure_ceilings(threads: int) -> Ceilings:
+def measure_ceilings() -> Ceilings:
     memory = torch.ones(CYCLED_BYTES, dtype=torch.uint8)
-    rounds, lanes = 200_000, 24 * 16 * threads
+    rounds = 100_000
     return Ceilings(
         read=CYCLED_BYTES / median_seconds(lambda: _native.read_memory(memory.data_ptr(), CYCLED_BYTES)),
-        bf16=rounds * lanes * 4 / median_seconds(lambda: _native.peak_bf16(rounds)),
-        int8=rounds * lanes * 8 / median_seconds(lambda: _native.peak_int8(rounds)),
+        bf16=_native.peak_bf16(1) * rounds / median_seconds(lambda: _native.peak_bf16(rounds)),
+        int8=_native.peak_int8(1) * rounds / median_seconds(lambda: _native.peak_int8(rounds)),
     )
 
 
@@ -111,14 +111,14 @@ def main() -> None:
     options = parser.parse_args()
     _native.set_thread_count(options.threads)
 
-    before = measure_ceilings(options.threads)
+    before = measure_ceilings()
     results = [
         result
         for format in FORMATS
         for inputs, outputs in SHAPES
         for result in measure(format, inputs, outputs, [n for n in options.rows if n * outputs < 1 << 23])
     ]
-    after = measure_ceilings(options.threads)
+    after = measure_ceilings()
     ceilings = Ceilings(max(before.read, after.read), max(before.bf16, after.bf16), max(before.int8, after.int8))
 
     table = Table(title=f"{_native.isa()}, {options.threads} threads")

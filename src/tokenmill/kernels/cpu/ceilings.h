@@ -1,4 +1,4 @@
-// What this machine can do at best, measured: the lines that the other kernels are compared with.
+// What this machine can do at best, measured with all threads.
 #pragma once
 
 #include <cstddef>
@@ -8,12 +8,12 @@
 
 namespace tokenmill {
 
-// Reads the memory once on all threads, four streams each. Returns a sum of it, so that the reading is not optimized
-// away.
-TOKENMILL_KERNEL(read_memory, std::int64_t(const void* data, std::size_t bytes));
+// Reads memory, whole MiB of it, in four streams per thread.
+TOKENMILL_KERNEL(read_memory, void(const void* data, std::size_t bytes));
 
-// Dot products of registers, `rounds` times 24 * 16 lanes per thread: pairs of bf16, or quads of int8.
-TOKENMILL_KERNEL(peak_bf16, float(int rounds));
-TOKENMILL_KERNEL(peak_int8, std::int32_t(int rounds));
+// Dot products of bf16 or int8 in registers, by the fastest instructions that the kernels of this instruction set use.
+// Return the operations done, a multiplication and an addition being two.
+TOKENMILL_KERNEL(peak_bf16, std::int64_t(int rounds));
+TOKENMILL_KERNEL(peak_int8, std::int64_t(int rounds));
 
 }  // namespace tokenmill

@@ -21,6 +21,9 @@ namespace tokenmill::TOKENMILL_ISA {
 constexpr int kTileRows = 16;
 constexpr int kTileBytes = 64;  // of a row
 
+// To be called between writing memory and loading tiles from it: compilers do not know that a tile load reads memory.
+inline void finish_writing() { asm volatile("" ::: "memory"); }
+
 // Holds the tile registers of this thread, and gives them back: a thread that keeps them is slower to switch.
 class Tiles {
   public:
@@ -50,6 +53,7 @@ class Tiles {
         config.rows[5] = static_cast<std::uint8_t>(lower);
         config.bytes[6] = config.bytes[7] = kTileBytes;
         config.rows[6] = config.rows[7] = static_cast<std::uint8_t>(depth);
+        finish_writing();
         _tile_loadconfig(&config);
     }
 

@@ -27,7 +27,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int4_group128": {"format": "int4", "group": 128, "symmetric": True},
 }
 SHAPES = [(1, 1), (7, 33), (33, 7), (100, 100), (31, 257), (224, 320)]
-ROWS = [1, 2, 3, 4, 6, 7, 8, 13, 64, 150]
+ROWS = [1, 2, 3, 4, 6, 7, 8, 13, 31, 64, 150]
 ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 formats = pytest.mark.parametrize("how", FORMATS.values(), ids=FORMATS)
@@ -142,6 +142,16 @@ def test_a_row_does_not_depend_on_the_others(how: dict[str, Any]) -> None:
         assert torch.equal(torch.cat(parts), whole), count
     chosen = [149, 3, 77]
     assert torch.equal(packed.linear_f32(x[chosen]), whole[chosen])
+
+
+@formats
+def test_a_row_does_not_depend_on_how_many_there_are(how: dict[str, Any]) -> None:
+    packed = pack(random(70, 3072), **how)
+    x = random(400, 3072, seed=1).bfloat16()
+    whole = packed.linear_f32(x)
+    for count in (1, 16, 17, 32, 33, 250):
+        assert torch.equal(packed.linear_f32(x[:count]), whole[:count]), count
+        assert torch.equal(packed.linear_f32(x[-count:]), whole[-count:]), count
 
 
 @formats
