@@ -23,7 +23,7 @@ constexpr int kTasks = 16;   // per thread, if there are enough panels: few enou
 #if defined(__AMX_TILE__)
 constexpr std::int64_t kNearRows = 1 << 20;  // bytes of rows for the tile unit before it turns to other panels
 #endif
-constexpr int kNear = 2048;  // bytes to ask for ahead of time where weights come from memory and are used once
+constexpr int kNear = 4096;  // bytes to ask for ahead of time where weights come from memory and are used once
 
 template <class T>
 T read(const void* p) {
@@ -188,6 +188,7 @@ void unpack_panel(const Weight& w, int panel, std::uint8_t* out) {
         const Group g[2] = {load_group(w, place), load_group(w, place + 16)};
         for (int step = 0; step < steps; ++step, data += 128, out += 256) {
             for (int v = 0; v < 2; ++v) {
+                prefetch(data + 64 * v + kNear);
                 I first, second;
                 unpack(load_bytes(data + 64 * v), g[v], first, second);
                 store_bytes(out + 64 * v, first);
@@ -301,24 +302,25 @@ struct Output {
     }
 
   private:
-    // `operands`: 0 for the result alone, 1 with what is there already, 2 with that of up.
+    // `operands`: 0 for the result alone, 1 with what is there already, 2 with that of up. Row by row: rows are apart by
+    // what maps them to the same lines of the cache.
     template <class T, int operands, class Fn>
     void each(int panel, int panels, int row, int count, const float* sums, int width, Fn&& fn) const {
-        const int first = first_column(panel), all = operands == 2 ? w.n / 2 : w.n;
+        const int first = first_column(panel), here = (operands == 2 ? w.n / 2 : w.n) - first;
+        const int all = columns(panels) < here ? columns(panels) : here;
         const float* bias = w.bias == nullptr ? nullptr : w.bias + panel * kPanel;
-        for (int place = 0; place < columns(panels) && first + place < all; place += 16) {
-            const int from = operands == 2 ? place / kPanel * 2 * kPanel + place % kPanel : place;
-            const F b = bias == nullptr ? zero() : load(bias + from);
-            const F b_up = operands < 2 || bias == nullptr ? zero() : load(bias + from + kPanel);
-            const int left = all - first - place;
-            T* to = static_cast<T*>(out) + row * stride + first + place;
-            const float* y = sums + from;
-            for (int r = 0; r < count; ++r, to += stride, y += width) {
-                const F value = bias == nullptr ? load(y) : load(y) + b;
+        T* to = static_cast<T*>(out) + row * stride + first;
+        for (int r = 0; r < count; ++r, to += stride, sums += width) {
+            const auto value = [&](int i) {
+                const F y = load(sums + i);
+                return bias == nullptr ? y : y + load(bias + i);
+            };
+            for (int place = 0; place < all; place += 16) {
+                const int from = operands == 2 ? place / kPanel * 2 * kPanel + place % kPanel : place;
                 F up = zero(), was = zero();
-                if constexpr (operands == 1) was = get_some(to, left);
-                if constexpr (operands == 2) up = bias == nullptr ? load(y + kPanel) : load(y + kPanel) + b_up;
-                put_some(to, fn(value, up, was), left);
+                if constexpr (operands == 1) was = get_some(to + place, all - place);
+                if constexpr (operands == 2) up = value(from + kPanel);
+                put_some(to + place, fn(value(from), up, was), all - place);
             }
         }
     }
