@@ -235,6 +235,6 @@ def test_tokens_that_no_row_owns_give_zeros() -> None:
     assert out[:20].isfinite().all()
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 def test_every_instruction_set_passes_these_tests(isa: str, run_tests_with_isa: Any) -> None:
     run_tests_with_isa(isa, __file__)
