@@ -1,0 +1,265 @@
+// Attention of a tile of query rows to a span of positions, on the tile unit: at every number of rows, so that a query of
+// a prompt and one that is alone go through the same arithmetic.
+//
+// Groups of keys and of values are tiles as they lie in the cache. A row of a product depends on that row of queries or
+// weights and on the group alone, and a position of weight 0 adds exactly nothing, if its value is finite.
+#pragma once
+
+#include <cstring>
+
+#include "attention_span.h"
+#include "tiles.h"
+
+namespace tokenmill::TOKENMILL_ISA {
+
+// 2^x for x that are not large, with a relative error of 1e-7; below -150 it is 0, and NaN gives NaN. The polynomial is
+// the best of degree 5 for 2^x - 1 on [-1/2, 1/2].
+inline F exp2(F x) {
+    const F clamped = max(set(-160.0f), x);  // the second operand passes NaN on
+    const F n = round(clamped), r = clamped - n;
+    F p = set(1.3264727e-3f);
+    p = fma(p, r, set(9.671513e-3f));
+    p = fma(p, r, set(5.5507336e-2f));
+    p = fma(p, r, set(0.24022242f));
+    p = fma(p, r, set(0.693147f));
+    p = fma(p, r, set(1.0f));
+    return scale_by_power_of_two(p, n);
+}
+
+// Rounds to nearest; subnormal numbers become 0.
+inline void store_rounded(bf16* p, F x) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(x.v);
+    std::memcpy(p, &rounded, sizeof rounded);
+}
+
+// Whether `count` numbers, a multiple of 32, are neither infinite nor NaN.
+inline bool finite(const bf16* p, int count) {
+    const __m512i exponent = _mm512_set1_epi16(0x7f80);
+    __mmask32 bad = 0;
+    for (int i = 0; i < count; i += 32) {
+        bad |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_loadu_si512(p + i), exponent), exponent);
+    }
+    return bad == 0;
+}
+
+// Products of the rows of a tile with strips of 16 columns, several at a time: four for up to 16 rows, two for more.
+// Rows of `a` lie `stride` bytes apart, a step further on is `advance` bytes.
+struct Products {
+    Tiles& tiles;
+    int rows, depth, steps;
+    const void* a;
+    std::int64_t stride, advance;
+
+    static int together(int rows) { return rows <= kTileRows ? 4 : 2; }
+
+    // out[r][16 s + n] = sum of a[r] * b(s, step) over all steps, for strips s from 0 on. Rows of b lie `b_stride` bytes
+    // apart, those of out `out_stride` floats.
+    template <class B>
+    void run(B&& b, std::int64_t b_stride, float* const* out, std::int64_t out_stride) const {
+        if (rows <= kTileRows) {
+            few(b, b_stride, out, 4 * out_stride);
+        } else {
+            many(b, b_stride, out, 4 * out_stride);
+        }
+    }
+
+  private:
+    template <class B>
+    void few(B&& b, std::int64_t b_stride, float* const* out, std::int64_t out_stride) const {
+        tiles.shape(rows, rows, depth);
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        const char* row = static_cast<const char*>(a);
+        for (int step = 0; step < steps; ++step, row += advance) {
+            _tile_loadd(4, row, stride);
+            _tile_loadd(6, b(0, step), b_stride);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, b(1, step), b_stride);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(6, b(2, step), b_stride);
+            _tile_dpbf16ps(2, 4, 6);
+            _tile_loadd(7, b(3, step), b_stride);
+            _tile_dpbf16ps(3, 4, 7);
+        }
+        _tile_stored(0, out[0], out_stride);
+        _tile_stored(1, out[1], out_stride);
+        _tile_stored(2, out[2], out_stride);
+        _tile_stored(3, out[3], out_stride);
+    }
+
+    template <class B>
+    void many(B&& b, std::int64_t b_stride, float* const* out, std::int64_t out_stride) const {
+        tiles.shape(kTileRows, rows - kTileRows, depth);
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        const char* upper = static_cast<const char*>(a);
+        for (int step = 0; step < steps; ++step, upper += advance) {
+            const char* lower = upper + kTileRows * stride;
+            _tile_loadd(6, b(0, step), b_stride);
+            _tile_loadd(4, upper, stride);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, b(1, step), b_stride);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, lower, stride);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        const std::int64_t down = kTileRows * out_stride / 4;
+        _tile_stored(0, out[0], out_stride);
+        _tile_stored(1, out[1], out_stride);
+        _tile_stored(2, out[0] + down, out_stride);
+        _tile_stored(3, out[1] + down, out_stride);
+    }
+};
+
+class ByTiles {
+  public:
+    static std::int64_t bytes(int width) {
+        return 4 * kRows * kScoreStride + 2 * kRows * width + kEdges * 2 * kGroup * width;
+    }
+
+    ByTiles(void* memory, int width)
+        : width_(width),
+          scores_(static_cast<float*>(memory)),
+          q_(reinterpret_cast<bf16*>(scores_ + kRows * kScoreStride)),
+          edges_(q_ + kRows * width) {}
+
+    // What a score of `largest` less is weighed with. Scores are counted in powers of two.
+    static F weight(F difference) { return exp2(difference); }
+
+    // Row r of the tile is q[r], [width].
+    void take(const bf16* const* q, int rows) {
+        for (int row = 0; row < rows; ++row) std::memcpy(q_ + row * width_, q[row], 2 * width_);
+    }
+
+    void meet(const Span& span, const Partial& to) {
+        score(span);
+        for (int row = 0; row < span.rows; ++row) weigh(span, row, to.largest[row], to.total[row]);
+        add_weighted_values(span, to);
+    }
+
+  private:
+    static constexpr int kEdges = 2;
+    static constexpr int kAhead = 4;  // groups
+
+    void score(const Span& span);
+    void weigh(const Span& span, int row, float& largest, float& total) const;
+    void add_weighted_values(const Span& span, const Partial& to);
+    void add_values(int first_row, int rows, int begin, int end, const bf16* const* values, float* out);
+    const bf16* only(Seen seen, int group, const bf16* values, bf16* edge) const;
+
+    int width_;
+    float* scores_;  // [kRows, kScoreStride]; weights as bf16 take the place of the scores
+    bf16* q_;        // [kRows, width]
+    bf16* edges_;    // [kEdges][kGroup / 2, width, 2]: groups of which not all tokens are seen
+    Tiles tiles_;
+};
+
+inline void ByTiles::score(const Span& span) {
+    const int depth = width_ % 32 == 0 ? 16 : 8;
+    const Products products{tiles_, span.rows, depth, width_ / (2 * depth), q_, 2 * width_, 4 * depth};
+    const int together = Products::together(span.rows);
+    for (int group = span.begin / together * together; group < span.end; group += together) {
+        float* out[4];
+        for (int strip = 0; strip < 4; ++strip) out[strip] = scores_ + (group + strip) * kGroup;
+        products.run([&](int strip, int step) { return span.keys[group + strip] + step * depth * 2 * span.size; },
+                     4 * span.size, out, kScoreStride);
+    }
+}
+
+// Turns one row of scores into weights 2^(score - largest), as bf16 in the same memory. What the row does not see of the
+// span's groups gets weight 0.
+inline void ByTiles::weigh(const Span& span, int row, float& largest_score, float& total) const {
+    constexpr float log2_e = 1.44269504f;
+    const int begin = span.begin * kGroup, end = span.end * kGroup;
+    const int low = std::min(span.seen[row].low, end), high = std::max(span.seen[row].high, low);
+    float* scores = scores_ + row * kScoreStride;
+    if (span.softcap > 0) cap(scores + begin, scores + end, span.scale, span.softcap);
+    const F scale = set(span.softcap > 0 ? log2_e : span.scale * log2_e);
+    std::fill(scores + begin, scores + low, kHidden);
+    std::fill(scores + high, scores + end, kHidden);
+    F most = set(kNever);
+    for (int p = begin; p < end; p += kGroup) most = max(most, load(scores + p) * scale);
+    largest_score = largest(most);
+
+    const F less = set(-largest_score);
+    F sums = zero();
+    bf16* weights = reinterpret_cast<bf16*>(scores);  // never ahead of the scores that are still to be read
+    for (int p = begin; p < end; p += kGroup) {
+        const F weight = exp2(fma(load(scores + p), scale, less));
+        sums = sums + weight;
+        store_rounded(weights + p, weight);
+    }
+    total = sum(sums);
+}
+
+inline void ByTiles::add_weighted_values(const Span& span, const Partial& to) {
+    const Seen first = span.seen[0], last = span.seen[span.rows - 1];
+    const Seen some{std::max(span.begin * kGroup, first.low), std::min(span.end * kGroup, last.high)};
+    const bf16* values[kGroups + kBeyond];
+    std::copy(span.values, span.values + kGroups + kBeyond, values);
+    // Nobody knows what is in the places that no row sees.
+    const int begin = span.begin, end = span.end - 1;
+    values[begin] = only(some, begin, values[begin], edges_);
+    if (end > begin) values[end] = only(some, end, values[end], edges_ + kGroup * width_);
+    // What only some rows see must not reach the others: 0 * NaN is NaN.
+    bool clean = true;
+    for (int group = begin; group <= end; ++group) {
+        const int from = group * kGroup;
+        const bool by_all = from >= last.low && from + kGroup <= first.high;
+        if (!by_all && span.rows > 1 && !finite(values[group], kGroup * width_)) clean = false;
+    }
+    if (clean) return add_values(0, span.rows, begin, span.end, values, to.values);
+    for (int row = 0; row < span.rows; ++row) {
+        const Seen seen = span.seen[row];
+        float* out = to.values + row * width_;
+        if (seen.nothing()) {
+            std::fill_n(out, width_, 0.0f);
+            continue;
+        }
+        const int from = seen.low / kGroup, until = (seen.high + kGroup - 1) / kGroup;
+        std::copy(span.values, span.values + kGroups + kBeyond, values);
+        values[from] = only(seen, from, values[from], edges_);
+        if (until - 1 > from) values[until - 1] = only(seen, until - 1, values[until - 1], edges_ + kGroup * width_);
+        add_values(row, 1, from, until, values, out);
+    }
+}
+
+// The values of a group with zeros for the tokens that are not seen: as they lie in the cache, or a copy.
+inline const bf16* ByTiles::only(Seen seen, int group, const bf16* values, bf16* edge) const {
+    const int low = seen.low - group * kGroup, high = seen.high - group * kGroup;
+    if (low <= 0 && high >= kGroup) return values;
+    for (int pair = 0; pair < kGroup / 2; ++pair) {
+        const bool first = low <= 2 * pair && 2 * pair < high, second = low <= 2 * pair + 1 && 2 * pair + 1 < high;
+        const I kept = iset(static_cast<std::int32_t>((first ? 0x0000ffffu : 0) | (second ? 0xffff0000u : 0)));
+        for (int at = pair * 2 * width_; at < (pair + 1) * 2 * width_; at += 32) {
+            store_bytes(edge + at, load_bytes(values + at) & kept);
+        }
+    }
+    return edge;
+}
+
+// out[r] = the sum of weights[first_row + r] * values over the groups of [begin, end).
+inline void ByTiles::add_values(int first_row, int rows, int begin, int end, const bf16* const* values,
+                                float* out) {
+    const bf16* weights = reinterpret_cast<const bf16*>(scores_) + first_row * kWeightStride + begin * kGroup;
+    // A group is half as deep as a tile may be, but the next one may lie anywhere.
+    const Products products{tiles_, rows, kGroup / 2, end - begin, weights, 2 * kWeightStride, 2 * kGroup};
+    const int together = Products::together(rows), strips = width_ / 16;
+    for (int strip = 0; strip < strips; strip += together) {
+        int column[4];
+        float* to[4];
+        for (int one = 0; one < 4; ++one) {
+            column[one] = 16 * std::min(strip + one, strips - 1);  // what is too much computes the last once more
+            to[one] = out + column[one];
+        }
+        products.run([&](int one, int step) { return values[begin + step] + 2 * column[one]; }, 4 * width_, to,
+                     width_);
+    }
+}
+
+}  // namespace tokenmill::TOKENMILL_ISA
