@@ -51,6 +51,7 @@ class Checkpoint:
         device: torch.device,
     ) -> None:
         self.spec, self.dtype, self.device = spec, dtype, device
+        self._shared = torch.empty(0)
         self._files: dict[str, Path] = {}
         self._sizes: dict[str, int] = {}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -75,8 +76,8 @@ class Checkpoint:
 
         Args:
             format: what a matrix is rounded to, a few rows at a time, unless the checkpoint has it quantized.
-            copy: whether a tensor is memory of its own. If not it may be a view of a file, which is only to be read,
-                and soon: a file that is rewritten changes it.
+            copy: whether a tensor is memory of its own. If not it is only to be read, and before the next: it may be a
+                view of a file, which changes when that is rewritten, or memory that is used again.
         """
         places = sorted(self._places[name], key=lambda place: place.rows.start)
         if places[0].scheme is not None:
@@ -86,10 +87,19 @@ class Checkpoint:
         kind = torch.float32 if is_norm(name) else self.dtype
         if len(places) == 1:
             return self._stored(places[0]).to(self.device, kind, copy=copy)
-        whole = torch.empty(self.shapes[name], dtype=kind, device=self.device)
+        whole = self._room(self.shapes[name], kind, copy)
         for place in places:
             whole[place.rows].copy_(self._stored(place))
         return whole
+
+    def _room(self, shape: tuple[int, ...], dtype: torch.dtype, own: bool) -> Tensor:
+        if own:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        # Pages that the system has to give, and clear, for each tensor would take longer than to fill them.
+        size = _count(shape)
+        if size > self._shared.numel() or dtype != self._shared.dtype:
+            self._shared = torch.empty(size, dtype=dtype, device=self.device)
+        return self._shared[:size].view(shape)
 
     def _tensor(self, name: str) -> Tensor:
         # A mapping for each: when the tensor goes, its part of the file no longer counts as memory of this process.

@@ -88,9 +88,9 @@ void put_int8(const float* x, const Weight& w, int panel, int lane) {
 // is that of quant/formats/int4.py.
 
 constexpr int kLanes = 16;
-constexpr float kShares[] = {0.95f, 0.88f, 0.8f};  // of a group's range that the levels may span
-constexpr float kPlaces[] = {0.0f, 0.5f, 1.0f};    // of the part that they do not: how much lies below them
-constexpr int kFits = 3;
+constexpr float kShares[] = {0.97f, 0.93f, 0.89f, 0.85f, 0.8f};  // of a group's range that the levels span at first
+constexpr float kPlaces[] = {0.0f, 0.5f, 1.0f};  // of the part that they do not: how much lies below them
+constexpr int kFits = 2;                         // after the first, of the best levels
 
 // The levels low + q * step of a group, and by how much they lower its error.
 struct Levels {
@@ -153,12 +153,13 @@ Levels best_levels(const Group& group, bool symmetric) {
             Levels tried{fma((high - low) * set(1 - share), set(place), low), (high - low) * set(share / kLevels), {}};
             if (symmetric) tried.step = max(high * set(share / 7), low * set(-share / 8));
             if (symmetric) tried.low = set(-8.0f) * tried.step;
-            for (int i = 0; i < kFits; ++i) tried = fit(group, tried, symmetric);
+            tried = fit(group, tried, symmetric);
             best.low = choose_less(best.gain, tried.gain, tried.low, best.low);
             best.step = choose_less(best.gain, tried.gain, tried.step, best.step);
             best.gain = max(best.gain, tried.gain);
         }
     }
+    for (int i = 0; i < kFits; ++i) best = fit(group, best, symmetric);
     return best;
 }
 

@@ -25,14 +25,14 @@ __all__ = ["FORMAT", "Int4", "grid", "pack"]
 _CHUNK = 2**18
 """Weights handled at once: few enough for the temporaries to stay in the cache."""
 
-_SHARES = (0.95, 0.88, 0.8)
+_SHARES = (0.97, 0.93, 0.89, 0.85, 0.8)
 """Shares of a group's range that the levels may span at first. They are fitted then, so a coarse choice is enough."""
 
 _PLACES = (0.0, 0.5, 1.0)
 """Of the part that they do not span, how much lies below them."""
 
-_FITS = 3
-"""Rounds of assigning weights to levels and fitting the levels to them."""
+_FITS = 2
+"""Rounds of assigning weights to levels and fitting the levels to them, after the first, for the best."""
 
 _FLOOR = 0.47
 """What ``floor(q * m / 16)`` lies below ``q * m / 16`` on average."""
@@ -69,11 +69,12 @@ class Int4:
         best = torch.full(w.shape[:2], -1.0, device=w.device)
         lows, steps = torch.zeros_like(best), torch.zeros_like(best)
         for low, step in self._candidates(w):
-            for _ in range(_FITS):
-                low, step, gain = self._fit(w, importance, low, step)
+            low, step, gain = self._fit(w, importance, low, step)
             better = gain > best
             best = torch.where(better, gain, best)
             lows, steps = torch.where(better, low, lows), torch.where(better, step, steps)
+        for _ in range(_FITS):
+            lows, steps, _ = self._fit(w, importance, lows, steps)
         return lows, steps
 
     def _fit(self, w: Tensor, importance: Tensor, low: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
