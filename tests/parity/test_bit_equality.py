@@ -1,6 +1,7 @@
 """An answer depends on its request alone: bit-equal log probabilities whatever happens around it.
 
-In float32 through the reference operators, and in bfloat16 through the native kernels where they are built.
+In float32 through the reference operators, and in bfloat16 and whole numbers through the native kernels where they are
+built.
 """
 
 import random
@@ -16,6 +17,7 @@ from tokenmill.testing import random_model
 from tokenmill.types import EngineRequest, SamplingParams
 
 BLOCK = {"float32": 8, "bfloat16": 16}
+FORMATS = [("float32", "none"), ("float32", "int8"), ("bfloat16", "none"), ("bfloat16", "int8"), ("bfloat16", "int4")]
 TOKENS = 24
 PROMPT = 75
 
@@ -38,12 +40,18 @@ def model(request, tmp_path_factory):
     return folder
 
 
-def serve(model, requests, *, dtype, chunk=512, caching=True, late=(), preempt_at=-1, **scheduler):
+def serve(model, requests, *, dtype, quantize, threads=1, chunk=512, caching=True, late=(), preempt_at=-1, **scheduler):
     """Serves requests together and returns {id: (tokens, every log probability)} and the engine."""
     config = build(
         EngineConfig,
         {
-            "model": {"model": str(model), "dtype": dtype, "max_model_len": 128},
+            "model": {
+                "model": str(model),
+                "dtype": dtype,
+                "quantize": quantize,
+                "threads": threads,
+                "max_model_len": 128,
+            },
             "cache": {"block_size": BLOCK[dtype], "prefix_caching": caching, "memory_gib": 0.01},
             "scheduler": {
                 "max_num_seqs": 16,
@@ -81,11 +89,11 @@ def crowd(count: int, stem: int = 0) -> list[EngineRequest]:
     return [request(f"other-{i}", 100 + i, 5 + 9 * i % 90, min(stem, 5 + 9 * i % 90)) for i in range(count)]
 
 
-@pytest.mark.parametrize("dtype", BLOCK)
+@pytest.mark.parametrize(("dtype", "quantize"), FORMATS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "seeded"])
-def test_an_answer_is_bit_equal_in_any_company(model, dtype, temperature):
+def test_an_answer_is_bit_equal_in_any_company(model, dtype, quantize, temperature):
     def serve_all(requests, **options):
-        return serve(model, requests, dtype=dtype, **options)
+        return serve(model, requests, dtype=dtype, quantize=quantize, **options)
 
     target = request("target", 1, stem=40, temperature=temperature)
     alone, _ = serve_all([target])
@@ -94,6 +102,10 @@ def test_an_answer_is_bit_equal_in_any_company(model, dtype, temperature):
 
     in_batch, _ = serve_all([*crowd(9), target], late=crowd(14)[9:])
     assert in_batch["target"] == expected, "batch composition"
+
+    for threads in (1, 2):
+        shared, _ = serve_all([*crowd(5), target], threads=threads, chunk=64)
+        assert shared["target"] == expected, f"{threads} threads"
 
     for chunk in (1, 7, 16, 33):
         chunked, _ = serve_all([*crowd(3), target], chunk=chunk)

@@ -39,6 +39,15 @@ def weights(spec: ModelSpec, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return made
 
 
+def native_weights(plain: dict[str, torch.Tensor], quantize: str = "none") -> dict:
+    from tokenmill.models.native import packed
+
+    return {
+        name: packed(name, weight, plain.get(f"{name}_bias"), quantize) if weight.dim() == 2 else weight
+        for name, weight in plain.items()
+    }
+
+
 def batch(layout, rows: list[tuple[int, int]], first_block: list[int]) -> ForwardBatch:
     """`rows` of (start, end); row r keeps its sequence in blocks from first_block[r] on, the same in every group."""
     size = layout.block_size
@@ -63,10 +72,9 @@ def test_native_layers_compute_what_the_plain_ones_do(kind):
     spec = ModelSpec("test", 50, 64, (layer, layer), 1e-6, 256, tied_head=True, logit_softcap=None)
     if not usable(spec, torch.bfloat16, torch.device("cpu"), 16):
         pytest.skip("the native kernels are not built")
-    exact = Decoder(spec, weights(spec, torch.float32))
-    plain = Decoder(spec, weights(spec, torch.bfloat16))
-    native = Decoder(spec, weights(spec, torch.bfloat16), native="bf16")
-    assert native.native
+    exact = Decoder(spec, weights(spec, torch.float32), torch.float32)
+    plain = Decoder(spec, weights(spec, torch.bfloat16), torch.bfloat16)
+    native = Decoder(spec, native_weights(weights(spec, torch.bfloat16)), torch.bfloat16, native=True)
     results = []
     for decoder in (exact, plain, native):
         layout = kv_layout(spec, 16, decoder.dtype.itemsize)

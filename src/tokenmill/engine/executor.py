@@ -9,7 +9,6 @@ from tokenmill.device import machine
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.memory import ModelFacts, size_memory
 from tokenmill.engine.plan import StepPlan, StepResult
-from tokenmill.models.spec import weight_bytes
 
 __all__ = ["Executor", "LocalExecutor", "Progress"]
 
@@ -40,12 +39,17 @@ class LocalExecutor:
         import torch
 
         from tokenmill.engine.runner import Runner
-        from tokenmill.kernels.probe import choose_device
+        from tokenmill.kernels.probe import choose_device, native_isa
         from tokenmill.models.folder import read_generation, resolve
         from tokenmill.models.loader import load
 
         device = choose_device(config.model.device)
         path = resolve(config.model.model)
+        threads = config.model.threads or machine().cores
+        if native_isa() is not None:
+            from tokenmill.kernels.cpu import _native
+
+            _native.set_thread_count(threads)
         decoder = load(
             path,
             config.model.dtype,
@@ -54,17 +58,14 @@ class LocalExecutor:
             config.model.max_model_len,
             config.model.quantize,
             config.cache.block_size,
+            config.model.pack_cache,
         )
-        weights = weight_bytes(decoder.spec, decoder.dtype.itemsize)
-        threads = config.model.threads or machine().cores
         if decoder.native:
             # One team of threads: what torch still does beside the native kernels is small.
-            from tokenmill.kernels.cpu import _native
-
-            _native.set_thread_count(threads)
             torch.set_num_threads(1)
         else:
-            torch.set_num_threads(config.model.threads or (threads if weights > _SMALL_MODEL_BYTES else 1))
+            small = decoder.weight_bytes <= _SMALL_MODEL_BYTES
+            torch.set_num_threads(config.model.threads or (1 if small else threads))
         available = torch.cuda.mem_get_info()[0] if device.type == "cuda" else machine().available_bytes
         eos_ids = read_generation(path).eos_ids
         self.facts = size_memory(config, decoder.spec, decoder.dtype.itemsize, available, eos_ids)

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenmill.layers.linear import Linear
+from tokenmill.quant.weight import Quantized, rows
 
-__all__ = ["Embedding", "LogitsHead"]
+__all__ = ["Embedding", "LogitsHead", "QuantizedEmbedding"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,20 @@ class Embedding:
     def __call__(self, token_ids: Tensor) -> Tensor:
         """[T] int64 to [T, H], new memory."""
         return F.embedding(token_ids, self.weight).mul_(self.scale)
+
+
+@dataclass(frozen=True)
+class QuantizedEmbedding:
+    """The same from a quantized table."""
+
+    weight: Quantized
+    """[V, H]"""
+    scale: Tensor
+    """Scalar of the type that rows get."""
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """[T] int64 to [T, H] of the scale's type, new memory."""
+        return rows(self.weight, token_ids, self.scale.dtype).mul_(self.scale)
 
 
 @dataclass(frozen=True)

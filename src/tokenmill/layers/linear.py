@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokenmill import kernels
+from tokenmill.quant import weight as quantized
 
 __all__ = ["Linear"]
 
@@ -15,11 +16,13 @@ __all__ = ["Linear"]
 class Linear:
     """``y = x @ weight^T + bias``."""
 
-    weight: Tensor
-    """[N, K]"""
+    weight: Tensor | quantized.Quantized
+    """[N, K]; a quantized one computes in whole numbers, its activations rounded per token."""
     bias: Tensor | None = None
     """[N], of the weight's type."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, K] to [T, N], same type."""
+        if isinstance(self.weight, quantized.Quantized):
+            return quantized.linear(x, self.weight, self.bias)
         return kernels.linear(x, self.weight, self.bias)

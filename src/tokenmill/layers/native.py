@@ -24,6 +24,7 @@ __all__ = [
     "MlpInput",
     "NativeAttention",
     "NativeBlock",
+    "NativeEmbedding",
     "NativeHead",
     "PackedWeight",
     "add",
@@ -31,6 +32,7 @@ __all__ = [
     "pack",
     "serves",
 ]
+
 
 WayBack = Callable[[PackedWeight, Tensor, Tensor], Tensor]
 """Adds a projection of its second argument to the residual stream, its third."""
@@ -90,6 +92,20 @@ class NativeBlock:
         """The residual stream [T, H], changed in place."""
         x = self.attention_back(self.out, self.attention(x, angles, kv), x)
         return self.mlp_back(self.down, self.mlp(x), x)
+
+
+@dataclass(frozen=True)
+class NativeEmbedding:
+    """Rows of a table, scaled; the table may be the head's weight."""
+
+    weight: PackedWeight
+    """[V, H]"""
+    scale: float
+    """A number of bfloat16; see `layers.embedding.Embedding`."""
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """[T] int64 to [T, H] bfloat16, new memory."""
+        return self.weight.rows(token_ids, self.scale)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ class ModelConfig:
         "round embedding, head and linear layers to fewer bits while loading",
         choices=("none", *FORMATS.names()),
     )
+    pack_cache: bool = option(
+        False, "keep the weights as the CPU kernels want them, beside the model or in ~/.cache, for the next start"
+    )
     device: str = option("auto", "where to compute; auto is cuda if there is one", choices=("auto", "cpu", "cuda"))
     max_model_len: int = option(0, "longest sequence in tokens; 0 is what model and memory allow", low=0)
     threads: int = option(0, "CPU threads; 0 is all usable cores", low=0)

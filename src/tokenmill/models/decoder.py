@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tokenmill.kernels.probe import native_isa
 from tokenmill.layers.attention import Attention, HeadNorm, KVView, NoNorm, QKNorm, WholeNorm
-from tokenmill.layers.embedding import Embedding, LogitsHead
+from tokenmill.layers.embedding import Embedding, LogitsHead, QuantizedEmbedding
 from tokenmill.layers.linear import Linear
 from tokenmill.layers.mlp import ACTIVATIONS, GatedMLP
 from tokenmill.layers.norm import RMSNorm
@@ -23,6 +23,7 @@ from tokenmill.layers.rotary import Rotary
 from tokenmill.models.batch import ForwardBatch, KVCache
 from tokenmill.models.rope import RopeSpec
 from tokenmill.models.spec import BLOCK_NORMS, AttentionSpec, KVLayout, LayerSpec, ModelSpec
+from tokenmill.quant.weight import Quantized
 
 if TYPE_CHECKING:
     from tokenmill.layers.native import NativeBlock
@@ -87,11 +88,10 @@ BLOCKS: Mapping[str, Callable[..., Block]] = {
 QK_NORMS: Mapping[str, Callable[[RMSNorm, RMSNorm], QKNorm]] = {"per_head": HeadNorm, "whole": WholeNorm}
 
 
-def _own(index: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Takes the weights of one layer out of all, so that what a layer packs is not kept twice."""
+def _own(index: int, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of one layer."""
     prefix = f"layers.{index}."
-    names = [name for name in weights if name.startswith(prefix)]
-    return {name.removeprefix(prefix): weights.pop(name) for name in names}
+    return {name.removeprefix(prefix): each for name, each in weights.items() if name.startswith(prefix)}
 
 
 def usable(spec: ModelSpec, dtype: torch.dtype, device: torch.device, block_size: int) -> bool:
@@ -108,39 +108,41 @@ class Decoder:
 
     Args:
         spec: what it is.
-        weights: every tensor that `spec.weight_shapes` names, on one device; norms in float32, all others in one type.
-            The tensors are used, not copied, but native layers take theirs out and pack them.
-        native: the format to which the layers pack their weights for the native CPU kernels (``bf16``, ``int8`` or
-            ``int4``); empty for the plain operators. See `usable` for when there is a choice.
+        weights: every tensor that `spec.weight_shapes` names, on one device: norms in float32, all others in `dtype`
+            or, matrices, quantized (`quant.weight.Quantized`). For native layers every matrix is packed with its bias
+            (`models.native.packed`). They are used, not copied.
+        dtype: of activations and KV.
+        native: whether layers are those over the native CPU kernels. See `usable` for when there is a choice.
     """
 
-    def __init__(
-        self, spec: ModelSpec, weights: dict[str, Tensor], native: Literal["", "bf16", "int8", "int4"] = ""
-    ) -> None:
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, Any], dtype: torch.dtype, native: bool = False) -> None:
         self.spec = spec
-        self.native = bool(native)
+        self.native = native
+        self.dtype = dtype
+        self.device = weights["norm"].device
+        self.weight_bytes = sum(int(weight.nbytes) for weight in weights.values())
+        """Bytes of memory that the weights take."""
         table = weights["embedding"]
-        self.dtype = table.dtype
-        self.device = table.device
+        head = table if spec.tied_head else weights["head"]
         scale = torch.tensor(spec.embedding_scale, dtype=self.dtype, device=self.device)
-        self._embedding = Embedding(table, scale)
-        head = table if spec.tied_head else weights.pop("head")
+        layers = [(layer, _own(index, weights)) for index, layer in enumerate(spec.layers)]
+        self._embedding: Callable[[Tensor], Tensor]
         self._norm: Callable[[Tensor], Tensor]
         self._head: Callable[[Tensor], Tensor]
         self._blocks: list[Block | NativeBlock]
         if native:
+            from tokenmill.layers.native import NativeEmbedding
             from tokenmill.models.native import native_block, native_head
 
-            end = native_head(spec, weights["norm"], head, native)
-            self._norm, self._head = end.normed, end
-            self._blocks = [
-                native_block(layer, _own(index, weights), spec.norm_eps, native)
-                for index, layer in enumerate(spec.layers)
-            ]
+            end = native_head(spec, weights["norm"], head)
+            self._embedding, self._norm, self._head = NativeEmbedding(table, scale.item()), end.normed, end
+            self._blocks = [native_block(layer, own, spec.norm_eps) for layer, own in layers]
         else:
+            quantized = isinstance(table, Quantized)
+            self._embedding = QuantizedEmbedding(table, scale) if quantized else Embedding(table, scale)
             self._norm = RMSNorm(weights["norm"], spec.norm_eps)
             self._head = LogitsHead(Linear(head), spec.logit_softcap)
-            self._blocks = [self._block(layer, _own(index, weights)) for index, layer in enumerate(spec.layers)]
+            self._blocks = [self._block(layer, own) for layer, own in layers]
         # Layers that rotate alike share the angles, which are computed once per forward pass.
         ropes: list[RopeSpec] = list(dict.fromkeys(layer.attention.rope for layer in spec.layers))
         self._rotaries = [
@@ -148,7 +150,7 @@ class Decoder:
         ]
         self._rope_of = [ropes.index(layer.attention.rope) for layer in spec.layers]
 
-    def _block(self, layer: LayerSpec, own: Mapping[str, Tensor]) -> Block:
+    def _block(self, layer: LayerSpec, own: Mapping[str, Any]) -> Block:
         mlp = GatedMLP(
             Linear(own["mlp.gate_up"], own.get("mlp.gate_up_bias")),
             Linear(own["mlp.down"], own.get("mlp.down_bias")),
@@ -157,7 +159,7 @@ class Decoder:
         norms = {name: RMSNorm(own[name], self.spec.norm_eps) for name in BLOCK_NORMS[layer.block]}
         return BLOCKS[layer.block](attention=self._attention(layer.attention, own), mlp=mlp, **norms)
 
-    def _attention(self, spec: AttentionSpec, own: Mapping[str, Tensor]) -> Attention:
+    def _attention(self, spec: AttentionSpec, own: Mapping[str, Any]) -> Attention:
         norm: QKNorm = NoNorm()
         if spec.norm != "none":
             q, k = (RMSNorm(own[f"attention.{name}"], self.spec.norm_eps) for name in ("q_norm", "k_norm"))

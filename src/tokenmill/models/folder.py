@@ -137,9 +137,8 @@ def read_generation(path: Path) -> Generation:
     return Generation(ids, sampling)
 
 
-def resolve_dtype(path: Path, dtype: str) -> str:
+def resolve_dtype(config: Config, dtype: str) -> str:
     """``float32`` or ``bfloat16``; ``auto`` is the checkpoint's type, with bfloat16 for every 16-bit one."""
     if dtype != "auto":
         return dtype
-    config = read_config(path)
     return "bfloat16" if (config.get("dtype") or config.get("torch_dtype")) in ("bfloat16", "float16") else "float32"

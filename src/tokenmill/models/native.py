@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -13,22 +14,43 @@ from tokenmill.layers.native import (
     NativeAttention,
     NativeBlock,
     NativeHead,
+    PackedWeight,
     add,
     add_normed,
     pack,
 )
 from tokenmill.models.spec import LayerSpec, ModelSpec
+from tokenmill.quant import panels
+from tokenmill.quant.weight import Quantized
 
-__all__ = ["native_block", "native_head"]
+__all__ = ["native_block", "native_head", "packed"]
 
 
-def native_block(layer: LayerSpec, own: Mapping[str, Tensor], eps: float, format: Format) -> NativeBlock:
-    """One layer; its weights, named as in `spec.weight_shapes` without their prefix, are packed and not kept."""
+def packed(name: str, weight: Tensor | Quantized, bias: Tensor | None, quantize: str) -> PackedWeight:
+    """A matrix of the model in the memory order of the kernels.
+
+    Args:
+        name: as `spec.weight_shapes` names it.
+        weight: kept exactly if it is quantized already.
+        quantize: what it is rounded to if not: ``int8``, ``int4``, or ``none`` for bfloat16.
+    """
+    gated = name.endswith("mlp.gate_up")
+    if isinstance(weight, Quantized):
+        return panels.packed(weight, bias, gated=gated)
+    return pack(weight, "bf16" if quantize == "none" else cast(Format, quantize), bias, gated=gated)
+
+
+def native_block(layer: LayerSpec, own: Mapping[str, Any], eps: float) -> NativeBlock:
+    """One layer.
+
+    Args:
+        own: its weights, named as in `spec.weight_shapes` without their prefix; matrices `packed`.
+    """
     attention, mlp = layer.attention, layer.mlp
     prepare = AttentionInput(
         own.get("attention_norm"),
         eps,
-        pack(own["attention.qkv"], format, own.get("attention.qkv_bias")),
+        own["attention.qkv"],
         attention.norm,
         own.get("attention.q_norm"),
         own.get("attention.k_norm"),
@@ -36,18 +58,17 @@ def native_block(layer: LayerSpec, own: Mapping[str, Tensor], eps: float, format
         attention.head_dim,
         attention.rope.dim,
     )
-    gate_up = pack(own["mlp.gate_up"], format, own.get("mlp.gate_up_bias"), gated=True)
     backs = [add_normed(own[name], eps) if name in own else add for name in ("attention_post_norm", "mlp_post_norm")]
     return NativeBlock(
         NativeAttention(prepare, attention.scale, attention.window, attention.softcap),
-        pack(own["attention.out"], format, own.get("attention.out_bias")),
+        own["attention.out"],
         backs[0],
-        MlpInput(own.get("mlp_norm"), eps, gate_up, mlp.activation),
-        pack(own["mlp.down"], format, own.get("mlp.down_bias")),
+        MlpInput(own.get("mlp_norm"), eps, own["mlp.gate_up"], mlp.activation),
+        own["mlp.down"],
         backs[1],
     )
 
 
-def native_head(spec: ModelSpec, norm: Tensor, weight: Tensor, format: Format) -> NativeHead:
+def native_head(spec: ModelSpec, norm: Tensor, weight: PackedWeight) -> NativeHead:
     """The last norm and the projection onto the vocabulary; `weight` [V, H] may be the embedding."""
-    return NativeHead(norm, spec.norm_eps, pack(weight, format), spec.logit_softcap)
+    return NativeHead(norm, spec.norm_eps, weight, spec.logit_softcap)

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenmill.kernels.cpu.packed import PackedWeight
-from tokenmill.quant.formats.int4 import pack
 from tokenmill.quant.weight import Quantized
 
-__all__ = ["packed", "rows"]
+__all__ = ["packed"]
 
 _PANEL = 32
 """Outputs that lie together."""
@@ -45,25 +44,6 @@ def packed(weight: Quantized, bias: Tensor | None = None, *, gated: bool = False
         low, high = eights[..., :4][..., _BYTES], eights[..., 4:][..., _BYTES]
         tensors["data"] = (low | high << 4).flatten()
     return PackedWeight("int4" if weight.group else "int8", *weight.shape, gated, weight.group or _PANEL, tensors)
-
-
-def rows(weight: PackedWeight, indices: Tensor) -> Quantized:
-    """Some rows of a packed int8 or int4 weight that is not gated: a table that is also a head is kept once.
-
-    Args:
-        indices: [T] int64.
-    """
-    panel, lane = indices // _PANEL, indices % _PANEL
-    tensors, panels = weight.tensors, weight.tensors["scales"].numel() // _PANEL
-    scales = tensors["scales"][indices]
-    data = tensors["data"].view(panels, -1, _PANEL, 4)[panel, :, lane]
-    if weight.format == "int8":
-        q = (data.short() - 128).char().flatten(1)[:, : weight.inputs]
-        return Quantized(q, scales, weight.inputs)
-    digits = torch.cat([(data & 15)[..., _BYTES], (data >> 4)[..., _BYTES]], dim=-1).flatten(1)
-    multipliers = tensors["multipliers"].view(panels, -1, _PANEL)[panel, :, lane]
-    offsets = tensors["offsets"].view(panels, -1, _PANEL)[panel, :, lane] if "offsets" in tensors else None
-    return Quantized(pack(digits), scales, weight.inputs, weight.group, multipliers, offsets)
 
 
 def _panels(rows: Tensor, gated: bool) -> Tensor:

@@ -6,7 +6,16 @@ import torch
 from tokenmill.models.batch import ForwardBatch
 from tokenmill.models.decoder import Decoder
 from tokenmill.models.rope import RopeSpec
-from tokenmill.models.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, is_norm, kv_layout, weight_shapes
+from tokenmill.models.spec import (
+    AttentionSpec,
+    LayerSpec,
+    MlpSpec,
+    ModelSpec,
+    is_norm,
+    kv_layout,
+    weight_bytes,
+    weight_shapes,
+)
 
 ATTENTION = AttentionSpec(heads=2, kv_heads=1, head_dim=4, scale=0.5, rope=RopeSpec(100.0, 4))
 SPEC = ModelSpec("any", 10, 8, (LayerSpec(ATTENTION, MlpSpec(6)),) * 2, 1e-6, 64, tied_head=True, logit_softcap=1.5)
@@ -20,6 +29,7 @@ def decoder(dtype: torch.dtype) -> Decoder:
             name: torch.randn(shape, generator=generator).to(torch.float32 if is_norm(name) else dtype)
             for name, shape in weight_shapes(SPEC).items()
         },
+        dtype,
     )
 
 
@@ -33,6 +43,11 @@ def batch(tokens: list[int], start: int = 0) -> ForwardBatch:
         torch.tensor([0, len(tokens)], dtype=torch.int32),
         torch.tensor([start + len(tokens)], dtype=torch.int32),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_take_the_memory_that_is_foretold(dtype: torch.dtype) -> None:
+    assert decoder(dtype).weight_bytes == weight_bytes(SPEC, dtype.itemsize)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -76,8 +76,8 @@ def test_loads_in_the_checkpoints_type_or_the_one_asked_for(folder: Path) -> Non
 )
 def test_auto_is_the_checkpoints_type(tmp_path: Path, said: dict[str, Any], meant: str) -> None:
     write(tmp_path, {}, **said)
-    assert folders.resolve_dtype(tmp_path, "auto") == meant
-    assert folders.resolve_dtype(tmp_path, "float32") == "float32"
+    assert folders.resolve_dtype(folders.read_config(tmp_path), "auto") == meant
+    assert folders.resolve_dtype(folders.read_config(tmp_path), "float32") == "float32"
     assert (loader.dtype_bytes("float32"), loader.dtype_bytes("bfloat16")) == (4, 2)
 
 

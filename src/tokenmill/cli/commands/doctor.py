@@ -60,14 +60,14 @@ def _torch() -> dict[str, Any] | None:
         return None
     from tokenmill.kernels import OPS
     from tokenmill.kernels.probe import choose_device, native_isa, probe
-    from tokenmill.models.folder import resolve, resolve_dtype
+    from tokenmill.models.folder import read_config, resolve, resolve_dtype
 
     device = choose_device("auto")
     kernels = [(op.name, op.active(device)) for op in OPS]
     return {
         **dataclasses.asdict(probe()),
         "device": str(device),
-        "dtype": resolve_dtype(resolve("demo"), "auto"),
+        "dtype": resolve_dtype(read_config(resolve("demo")), "auto"),
         "native": native_isa(),
         "kernels": {name: {"source": active.source, "reason": active.reason} for name, active in kernels},
     }

@@ -56,14 +56,13 @@ void bind_linear(nb::module_& m) {
             },
             "data"_a, "is_float"_a, "stride"_a, "importance"_a, Release())
         .def(
-            "pack_quantized",
-            [](const Weight& to, std::uintptr_t q, std::uintptr_t scales, std::uintptr_t zeros) {
-                const Quantized from{at<const std::uint8_t>(q), at<const float>(scales), at<const float>(zeros)};
-                pack_quantized(from, to);
-            },
-            "q"_a, "scales"_a, "zeros"_a, Release())
+            "unpack", [](const Weight& from, std::uintptr_t out) { unpack(from, at<float>(out)); }, "out"_a, Release())
         .def(
-            "unpack", [](const Weight& from, std::uintptr_t out) { unpack(from, at<float>(out)); }, "out"_a, Release());
+            "gather",
+            [](const Weight& from, std::uintptr_t rows, int count, float scale, std::uintptr_t out) {
+                gather(from, at<const std::int64_t>(rows), count, scale, at<bf16>(out));
+            },
+            "rows"_a, "count"_a, "scale"_a, "out"_a, Release());
 }
 
 }  // namespace tokenmill

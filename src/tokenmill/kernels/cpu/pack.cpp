@@ -18,13 +18,18 @@ int row_of(const Weight& w, int panel, int lane) {
     return w.gated && panel % 2 == 1 ? width + row : row;
 }
 
+const void* row_at(const Matrix& from, int row) {
+    const std::int64_t start = row * from.stride;
+    return from.is_float ? static_cast<const void*>(static_cast<const float*>(from.data) + start)
+                         : static_cast<const bf16*>(from.data) + start;
+}
+
 // One row as floats, with zeros up to `depth` and to the next 16.
 void read_row(const Matrix& from, int row, const Weight& w, float* out) {
-    const std::int64_t start = row * from.stride;
     if (from.is_float) {
-        std::memcpy(out, static_cast<const float*>(from.data) + start, sizeof(float) * w.k);
+        std::memcpy(out, row_at(from, row), sizeof(float) * w.k);
     } else {
-        const bf16* in = static_cast<const bf16*>(from.data) + start;
+        const bf16* in = static_cast<const bf16*>(row_at(from, row));
         for (int i = 0; i < w.k; ++i) out[i] = to_float(in[i]);
     }
     for (int i = w.k; i < (w.depth + 15) / 16 * 16; ++i) out[i] = 0.0f;
@@ -37,6 +42,20 @@ bool finite(const float* x, int count) {
 }
 
 // ---- bf16 and int8 ----
+
+// A panel whose rows are all there, in pieces that stay in the cache while lanes are written side by side.
+void put_bf16_panel(const Matrix& from, const Weight& w, int panel) {
+    constexpr int kPairs = 64;
+    auto* out = static_cast<std::uint32_t*>(w.data) + std::int64_t{panel} * (w.depth / 2) * kPanel;
+    const int pairs = w.k / 2;
+    for (int start = 0; start < pairs; start += kPairs) {
+        const int stop = start + kPairs < pairs ? start + kPairs : pairs;
+        for (int lane = 0; lane < kPanel; ++lane) {
+            const auto* row = static_cast<const char*>(row_at(from, row_of(w, panel, lane)));
+            for (int i = start; i < stop; ++i) std::memcpy(out + i * kPanel + lane, row + 4 * std::int64_t{i}, 4);
+        }
+    }
+}
 
 void put_bf16(const float* x, const Weight& w, int panel, int lane) {
     bf16* out = static_cast<bf16*>(w.data) + std::int64_t{panel} * w.depth * kPanel + 2 * lane;
@@ -64,10 +83,26 @@ void put_int8(const float* x, const Weight& w, int panel, int lane) {
 }
 
 // ---- int4 ----
+//
+// Sixteen outputs at a time, one to a lane, so that all that is particular to a group of inputs is a vector. The search
+// is that of quant/formats/int4.py.
 
-// The levels low + q * step of a group.
+constexpr int kLanes = 16;
+constexpr float kShares[] = {0.97f, 0.93f, 0.89f, 0.85f, 0.8f};  // of a group's range that the levels span at first
+constexpr float kPlaces[] = {0.0f, 0.5f, 1.0f};  // of the part that they do not: how much lies below them
+constexpr int kFits = 2;                         // after the first, of the best levels
+
+// The levels low + q * step of a group, and by how much they lower its error.
 struct Levels {
-    float low, step;
+    F low, step, gain;
+};
+
+// A group of sixteen outputs: x[input][16], what an error of each input counts, and sums of both.
+struct Group {
+    const float* x;
+    const float* importance;
+    int inputs;
+    F total, weighted;
 };
 
 F floor(F x) {
@@ -75,76 +110,121 @@ F floor(F x) {
     return choose_less(x, nearest, nearest - set(1.0f), nearest);
 }
 
-F clamp_level(F q) { return min(set(kLevels), max(zero(), q)); }
+F clamp(F x, float least, float most) { return min(set(most), max(set(least), x)); }
 
-float squared_error(const float* x, const float* importance, int count, Levels levels) {
-    const F low = set(levels.low), step = set(levels.step), inverse = set(1.0f / levels.step);
-    F total = zero();
-    for (int i = 0; i < count; i += 16) {
-        const F value = load(x + i);
-        const F error = value - fma(clamp_level(round((value - low) * inverse)), step, low);
-        total = fma(importance != nullptr ? error * load(importance + i) : error, error, total);
+F inverse_of(F x) { return choose_less(zero(), x, set(1.0f) / x, zero()); }
+
+// Assigns every weight to the nearest level; the regression of the weights on the q they got gives the best levels for
+// these q.
+Levels fit(const Group& group, const Levels& from, bool symmetric) {
+    const F inverse = inverse_of(from.step), shift = zero() - from.low * inverse;
+    F q1 = zero(), q2 = zero(), xq = zero();
+    for (int i = 0; i < group.inputs; ++i) {
+        const F x = load(group.x + kLanes * i), q = clamp(round(fma(x, inverse, shift)), 0, kLevels);
+        const F counted = q * set(group.importance[i]);
+        q1 = q1 + counted;
+        q2 = fma(counted, q, q2);
+        xq = fma(counted, x, xq);
     }
-    return sum(total);
+    if (symmetric) {  // of x on q - 8, through zero
+        const F along = fma(set(-8.0f), group.weighted, xq);
+        const F length = fma(set(64.0f), group.total, fma(set(-16.0f), q1, q2));
+        const F step = max(zero(), along * inverse_of(length));
+        return {set(-8.0f) * step, step, along * step};
+    }
+    const F inverse_total = inverse_of(group.total), mean = group.weighted * inverse_total, middle = q1 * inverse_total;
+    const F along = xq - mean * q1, length = q2 - middle * q1;
+    const F least = set(1e-4f) * group.total;  // below it all q are one
+    const F step = choose_less(least, length, along * inverse_of(length), from.step);
+    return {mean - middle * step, step, fma(along, step, mean * group.weighted)};
 }
 
-Levels best_levels(const float* x, const float* importance, int count, bool symmetric) {
-    F highest = zero(), lowest = zero();
-    for (int i = 0; i < count; i += 16) {
-        highest = max(highest, load(x + i));
-        lowest = max(lowest, zero() - load(x + i));
+Levels best_levels(const Group& group, bool symmetric) {
+    F high = zero(), low = zero();  // zero lies within the levels: offsets are not negative
+    for (int i = 0; i < group.inputs; ++i) {
+        const F x = load(group.x + kLanes * i);
+        high = max(high, x);
+        low = min(low, x);
     }
-    const float high = largest(highest), low = -largest(lowest);
-    const float widest = symmetric ? (high / 7 > -low / 8 ? high / 7 : -low / 8) : (high - low) / kLevels;
-    if (widest < 1e-30f) return {0.0f, 0.0f};
-    Levels best{};
-    float least = INFINITY;
-    for (int percent = 100; percent >= 60; percent -= 4) {
-        const float step = widest * static_cast<float>(percent) / 100;
-        const float start = symmetric ? -8 * step : (high + low) / 2 - step * kLevels / 2;
-        // Zero lies within the levels of a group, so that its offset is not negative.
-        const Levels tried{start > 0 ? 0 : start + kLevels * step < 0 ? -kLevels * step : start, step};
-        const float error = squared_error(x, importance, count, tried);
-        if (error < least) {
-            least = error;
-            best = tried;
+    Levels best{zero(), zero(), set(-1.0f)};
+    for (const float share : kShares) {
+        for (const float place : kPlaces) {
+            if (symmetric && place != 0.5f) continue;
+            Levels tried{fma((high - low) * set(1 - share), set(place), low), (high - low) * set(share / kLevels), {}};
+            if (symmetric) tried.step = max(high * set(share / 7), low * set(-share / 8));
+            if (symmetric) tried.low = set(-8.0f) * tried.step;
+            tried = fit(group, tried, symmetric);
+            best.low = choose_less(best.gain, tried.gain, tried.low, best.low);
+            best.step = choose_less(best.gain, tried.gain, tried.step, best.step);
+            best.gain = max(best.gain, tried.gain);
         }
+    }
+    for (int i = 0; i < kFits; ++i) best = fit(group, best, symmetric);
+    return best;
+}
+
+// What is stored of a group: levels floor(q * m / 16) - b, and the error that they leave of x / scale.
+struct Stored {
+    F m, b, error;
+};
+
+// The q of the nearest level to x / scale, and that level.
+struct Nearest {
+    F q, level;
+};
+
+struct Rounding {
+    F inverse, step, per_step, b;
+
+    Rounding(const Stored& stored, F inverse_scale)
+        : inverse(inverse_scale), step(stored.m * set(1.0f / 16)), per_step(inverse_of(step)), b(stored.b) {}
+
+    Nearest operator()(F x) const {
+        const F target = fma(x, inverse, b);
+        const F below = clamp(floor((target + set(kFloor)) * per_step), 0, kLevels), above = min(set(kLevels), below + set(1.0f));
+        const F low = floor(below * step), high = floor(above * step);
+        const F error_below = abs(target - low), error_above = abs(target - high);
+        return {choose_less(error_above, error_below, above, below),
+                choose_less(error_above, error_below, high, low) - b};
+    }
+};
+
+// Of the multipliers next to the step, the one with the least error: each rounds its levels in its own way. Offsets
+// keep the middle level in its place, within what keeps all of them between -127 and 127.
+Stored store_levels(const Group& group, const Levels& levels, F inverse_scale, bool symmetric) {
+    const F wanted = round(set(16.0f) * levels.step * inverse_scale);
+    Stored best{zero(), zero(), set(INFINITY)};
+    for (const float change : {0.0f, -1.0f, 1.0f}) {
+        Stored tried{clamp(wanted + set(change), 0, 255), zero(), zero()};
+        if (symmetric) {
+            tried.b = floor(tried.m * set(0.5f));
+        } else {
+            const F middle = fma(set(kLevels / 2.0f), levels.step, levels.low) * inverse_scale;
+            const F least = floor(tried.m * set(kLevels / 16.0f)) - set(127.0f);
+            tried.b = round(fma(tried.m, set(kLevels / 32.0f), zero() - middle - set(kFloor)));
+            tried.b = max(clamp(tried.b, 0, 127), least);
+        }
+        const Rounding nearest(tried, inverse_scale);
+        for (int i = 0; i < group.inputs; ++i) {
+            const F x = load(group.x + kLanes * i), error = fma(x, inverse_scale, zero() - nearest(x).level);
+            tried.error = fma(error * set(group.importance[i]), error, tried.error);
+        }
+        best.m = choose_less(tried.error, best.error, tried.m, best.m);
+        best.b = choose_less(tried.error, best.error, tried.b, best.b);
+        best.error = min(best.error, tried.error);
     }
     return best;
 }
 
-int to_multiplier(float step, float scale) {
-    const int m = static_cast<int>(16 * step / scale + 0.5f);
-    return step == 0 ? 0 : m < 1 ? 1 : m > 255 ? 255 : m;
-}
-
-// The offset that puts the lowest level at `low`, within what keeps all of them between -127 and 127.
-int to_offset(int m, float low, float scale) {
-    const int wanted = static_cast<int>(-low / scale - kFloor + 0.5f), least = (kLevels * m >> 4) - 127;
-    return wanted < least ? least : wanted < 0 ? 0 : wanted > 127 ? 127 : wanted;
-}
-
-// The nearest of the levels (q * m >> 4) - b to each x / scale.
-void nearest_levels(const float* x, int count, float scale, int m, int b, std::int32_t* q) {
-    const F inverse = set(1.0f / scale), offset = set(static_cast<float>(b));
-    const F step = set(static_cast<float>(m) / 16), per_step = set(m == 0 ? 0.0f : 16.0f / static_cast<float>(m));
-    for (int i = 0; i < count; i += 16) {
-        const F target = fma(load(x + i), inverse, offset);
-        const F below = clamp_level(floor((target + set(kFloor)) * per_step)), above = clamp_level(below + set(1.0f));
-        const F error_below = abs(target - floor(below * step)), error_above = abs(target - floor(above * step));
-        store(q + i, to_int(choose_less(error_above, error_below, above, below)));
-    }
-}
-
-// The places of four-bit numbers: see `unpack` in linear.cpp. Two bytes hold the inputs 1, 5, 0, 4 and two more 3, 7,
-// 2, 6 of every eight, from the lowest bits up.
-void put_nibbles(const std::int32_t* q, const Weight& w, int panel, int lane) {
-    auto* out = static_cast<std::uint8_t*>(w.data) + std::int64_t{panel} * w.depth * (kPanel / 2) + 4 * lane;
-    for (int i = 0; i < w.depth; i += 8, out += 4 * kPanel) {
-        for (int byte = 0; byte < 4; ++byte) {
-            const int input = i + byte / 2 * 2 + 1 - byte % 2;
-            out[byte] = static_cast<std::uint8_t>(q[input] | q[input + 4] << 4);
-        }
+// The places of four-bit numbers q[input][16]: see `unpack` in linear.cpp. Two bytes hold the inputs 1, 5, 0, 4 and two
+// more 3, 7, 2, 6 of every eight, from the lowest bits up.
+void put_nibbles(const std::int32_t* q, const Weight& w, int panel, int first) {
+    auto* out = static_cast<std::uint8_t*>(w.data) + std::int64_t{panel} * w.depth * (kPanel / 2) + 4 * first;
+    for (int i = 0; i < w.depth; i += 8, out += 4 * kPanel, q += 8 * kLanes) {
+        const auto at = [&](int input) { return load(q + kLanes * input); };
+        const I low = at(1) | shift_left<4>(at(5)) | shift_left<8>(at(0)) | shift_left<12>(at(4));
+        const I high = at(3) | shift_left<4>(at(7)) | shift_left<8>(at(2)) | shift_left<12>(at(6));
+        store_bytes(out, low | shift_left<16>(high));
     }
 }
 
@@ -158,52 +238,56 @@ std::int64_t group_place(const Weight& w, int panel, int group, int lane) {
     return (std::int64_t{panel} * (w.depth / w.group) + group) * kPanel + lane;
 }
 
-void put_int4(const float* x, const float* importance, const Weight& w, int panel, int lane, Levels* levels,
-              std::int32_t* q) {
-    const bool symmetric = w.offsets == nullptr;
-    const bool usable = finite(x, w.depth);
-    float scale = 0;
-    for (int group = 0; group < w.depth / w.group; ++group) {
-        const int start = group * w.group;
-        const float* counts = importance != nullptr ? importance + start : nullptr;
-        const Levels one = usable ? best_levels(x + start, counts, w.group, symmetric) : Levels{};
-        levels[group] = one;
-        const float high = one.low + kLevels * one.step;
-        const float most = high > -one.low ? high : -one.low;
-        scale = std::fmax(scale, std::fmax(most / 127, one.step * 16 / 255));
-    }
-    w.scales[panel * kPanel + lane] = usable ? scale : NAN;
-    if (scale == 0) scale = 1;
-    for (int group = 0; group < w.depth / w.group; ++group) {
-        const std::int64_t place = group_place(w, panel, group, lane);
-        const int m = to_multiplier(levels[group].step, scale);
-        const int b = symmetric ? m / 2 : to_offset(m, levels[group].low, scale);
-        w.multipliers[place] = static_cast<std::uint8_t>(m);
-        if (!symmetric) w.offsets[place] = static_cast<std::uint8_t>(b);
-        nearest_levels(x + group * w.group, w.group, scale, m, b, q + group * w.group);
-    }
-    put_nibbles(q, w, panel, lane);
+void put_bytes(F values, std::uint8_t* out) {
+    std::int32_t whole[kLanes];
+    store(whole, to_int(values));
+    for (int lane = 0; lane < kLanes; ++lane) out[lane] = static_cast<std::uint8_t>(whole[lane]);
 }
 
-void put_quantized(const Quantized& from, int row, const Weight& w, int panel, int lane, std::int32_t* q) {
+// Sixteen outputs x[depth][16] from lane `first` on. `levels` is room for those of all groups, q for [depth][16].
+void put_int4(const float* x, const float* importance, const Weight& w, int panel, int first, Levels* levels,
+              std::int32_t* q) {
+    const bool symmetric = w.offsets == nullptr;
     const int groups = w.depth / w.group;
-    const std::int64_t first = std::int64_t{row} * groups;
-    const float* scales = from.scales + first;
-    const auto zero_of = [&](int group) { return from.zeros != nullptr ? from.zeros[first + group] : 8.0f; };
-    float scale = 0;
-    for (int group = 0; group < groups; ++group) {
-        const float z = zero_of(group), s = scales[group];
-        scale = std::fmax(scale, std::fmax(std::fmax(z * s / 127, (kLevels - z) * s / 126), s * 16 / 255));
+    const auto group_at = [&](int index) {
+        Group group{x + index * w.group * kLanes, importance + index * w.group, w.group, zero(), zero()};
+        for (int i = 0; i < w.group; ++i) {
+            const F counts = set(group.importance[i]);
+            group.total = group.total + counts;
+            group.weighted = fma(load(group.x + kLanes * i), counts, group.weighted);
+        }
+        return group;
+    };
+    F bad = zero(), scale = zero();
+    for (int i = 0; i < w.depth; ++i) bad = fma(load(x + kLanes * i), zero(), bad);  // NaN where not all is finite
+    for (int index = 0; index < groups; ++index) {
+        levels[index] = best_levels(group_at(index), symmetric);
+        const F low = levels[index].low, step = levels[index].step;
+        const F most = max(zero() - low, fma(set(kLevels), step, low));
+        scale = max(scale, max(most * set(1.0f / 127), step * set(16.0f / 255)));
     }
-    w.scales[panel * kPanel + lane] = scale;
-    for (int group = 0; group < groups; ++group) {
-        const std::int64_t place = group_place(w, panel, group, lane);
-        const int m = scale == 0 ? 0 : to_multiplier(scales[group], scale);
-        w.multipliers[place] = static_cast<std::uint8_t>(m);
-        if (w.offsets != nullptr) w.offsets[place] = static_cast<std::uint8_t>(zero_of(group) * m / 16);
+    const F inverse_scale = inverse_of(scale);
+    F along = zero(), length = zero();
+    for (int index = 0; index < groups; ++index) {
+        const Group group = group_at(index);
+        const Stored stored = store_levels(group, levels[index], inverse_scale, symmetric);
+        const std::int64_t place = group_place(w, panel, index, first);
+        put_bytes(stored.m, w.multipliers + place);
+        if (!symmetric) put_bytes(stored.b, w.offsets + place);
+        const Rounding nearest(stored, inverse_scale);
+        for (int i = 0; i < group.inputs; ++i) {
+            const F value = load(group.x + kLanes * i);
+            const Nearest found = nearest(value);
+            const F counted = found.level * set(group.importance[i]);
+            along = fma(counted, value, along);
+            length = fma(counted, found.level, length);
+            store(q + kLanes * (index * w.group + i), to_int(found.q));
+        }
     }
-    for (int i = 0; i < w.depth; ++i) q[i] = i < w.k ? from.q[std::int64_t{row} * w.k + i] : 0;
-    put_nibbles(q, w, panel, lane);
+    // The scale that fits the whole numbers of a row best.
+    const F fitted = choose_less(zero(), length, along / length, scale);
+    store(w.scales + panel * kPanel + first, fitted + bad);
+    put_nibbles(q, w, panel, first);
 }
 
 // Lanes of padding keep the zeros of their scale; bytes that stand for w = 0 are 128 in int8.
@@ -216,67 +300,81 @@ void put_padding(const Weight& w, int panel, int lane) {
 }  // namespace
 
 void pack(const Matrix& from, const float* importance, const Weight& to) {
-    const std::size_t length = (static_cast<std::size_t>(to.depth) + 63) / 64 * 64;
+    const int length = (to.depth + kLanes - 1) / kLanes * kLanes;
+    const std::size_t tile = static_cast<std::size_t>(length) * kLanes;
+    const std::size_t groups = to.format == Format::int4 ? to.depth / to.group : 0;
     parallel(to.panels, [&](int panel, int thread) {
-        auto* x = static_cast<float*>(scratch(thread, 4 * length * sizeof(float)));
-        auto* q = reinterpret_cast<std::int32_t*>(x + length);
-        auto* levels = reinterpret_cast<Levels*>(x + 2 * length);
+        const bool whole = row_of(to, panel, kPanel - 1) >= 0;
+        if (to.format == Format::bf16 && !from.is_float && whole && to.k == to.depth) {
+            put_bf16_panel(from, to, panel);
+            return;
+        }
+        auto* levels = static_cast<Levels*>(
+            scratch(thread, groups * sizeof(Levels) + (2 * tile + 2 * length) * sizeof(float)));
+        auto* x = reinterpret_cast<float*>(levels + groups);
+        auto* row_of_x = x + tile;
+        auto* counts = row_of_x + length;
+        auto* q = reinterpret_cast<std::int32_t*>(counts + length);
+        for (int i = 0; i < length; ++i) counts[i] = importance != nullptr && i < to.depth ? importance[i] : 1.0f;
         for (int lane = 0; lane < kPanel; ++lane) {
             const int row = row_of(to, panel, lane);
-            if (row < 0) {
+            if (row >= 0) read_row(from, row, to, row_of_x);
+            if (to.format == Format::int4) {
+                for (int i = 0; i < length; ++i) x[kLanes * i + lane % kLanes] = row < 0 ? 0.0f : row_of_x[i];
+                if (lane % kLanes == kLanes - 1) put_int4(x, counts, to, panel, lane + 1 - kLanes, levels, q);
+            } else if (row < 0) {
                 put_padding(to, panel, lane);
-                continue;
-            }
-            read_row(from, row, to, x);
-            switch (to.format) {
-                case Format::bf16:
-                    put_bf16(x, to, panel, lane);
-                    break;
-                case Format::int8:
-                    put_int8(x, to, panel, lane);
-                    break;
-                case Format::int4:
-                    put_int4(x, importance, to, panel, lane, levels, q);
+            } else if (to.format == Format::int8) {
+                put_int8(row_of_x, to, panel, lane);
+            } else {
+                put_bf16(row_of_x, to, panel, lane);
             }
         }
     });
 }
 
-void pack_quantized(const Quantized& from, const Weight& to) {
-    parallel(to.panels, [&](int panel, int thread) {
-        auto* q = static_cast<std::int32_t*>(scratch(thread, to.depth * sizeof(std::int32_t)));
-        for (int lane = 0; lane < kPanel; ++lane) {
-            const int row = row_of(to, panel, lane);
-            if (row >= 0) put_quantized(from, row, to, panel, lane, q);
+namespace {
+
+void unpack_row(const Weight& from, int panel, int lane, float* out) {
+    const std::int64_t start = std::int64_t{panel} * from.depth * kPanel;
+    if (from.format == Format::bf16) {
+        const bf16* data = static_cast<const bf16*>(from.data) + start + 2 * lane;
+        for (int i = 0; i < from.k; ++i) out[i] = to_float(data[i / 2 * 2 * kPanel + i % 2]);
+        return;
+    }
+    const float scale = from.scales[panel * kPanel + lane];
+    const auto* bytes = static_cast<const std::uint8_t*>(from.data) + start + 4 * lane;
+    for (int i = 0; i < from.k; ++i) {
+        int w = 0;
+        if (from.format == Format::int8) {
+            w = bytes[i / 4 * 4 * kPanel + i % 4] - 128;
+        } else {
+            const std::int64_t place = group_place(from, panel, i / from.group, lane);
+            const int m = from.multipliers[place], b = from.offsets != nullptr ? from.offsets[place] : m / 2;
+            w = (get_nibble(from, panel, lane, i) * m >> 4) - b;
         }
-    });
+        out[i] = static_cast<float>(w) * scale;
+    }
 }
+
+}  // namespace
 
 void unpack(const Weight& from, float* to) {
     parallel(from.panels, [&](int panel, int) {
         for (int lane = 0; lane < kPanel; ++lane) {
             const int row = row_of(from, panel, lane);
-            if (row < 0) continue;
-            float* out = to + std::int64_t{row} * from.k;
-            const std::int64_t start = std::int64_t{panel} * from.depth * kPanel;
-            for (int i = 0; i < from.k; ++i) {
-                if (from.format == Format::bf16) {
-                    const bf16* data = static_cast<const bf16*>(from.data);
-                    out[i] = to_float(data[start + i / 2 * 2 * kPanel + 2 * lane + i % 2]);
-                    continue;
-                }
-                int w = 0;
-                if (from.format == Format::int8) {
-                    const auto* data = static_cast<const std::uint8_t*>(from.data);
-                    w = data[start + i / 4 * 4 * kPanel + 4 * lane + i % 4] - 128;
-                } else {
-                    const std::int64_t place = group_place(from, panel, i / from.group, lane);
-                    const int m = from.multipliers[place], b = from.offsets != nullptr ? from.offsets[place] : m / 2;
-                    w = (get_nibble(from, panel, lane, i) * m >> 4) - b;
-                }
-                out[i] = static_cast<float>(w) * from.scales[panel * kPanel + lane];
-            }
+            if (row >= 0) unpack_row(from, panel, lane, to + std::int64_t{row} * from.k);
         }
+    });
+}
+
+void gather(const Weight& from, const std::int64_t* rows, int count, float scale, bf16* to) {
+    parallel(count, [&](int index, int thread) {
+        const auto row = static_cast<int>(rows[index]);
+        auto* x = static_cast<float*>(scratch(thread, from.k * sizeof(float)));
+        unpack_row(from, row / kPanel, row % kPanel, x);
+        bf16* out = to + std::int64_t{index} * from.k;
+        for (int i = 0; i < from.k; ++i) out[i] = to_bf16(to_float(to_bf16(x[i])) * scale);
     });
 }
 

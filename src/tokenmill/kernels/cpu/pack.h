@@ -15,22 +15,16 @@ struct Matrix {
     std::int64_t stride;
 };
 
-// A matrix of four-bit integers with a scale and a zero per group: w = (q - zero) * scale.
-struct Quantized {
-    const std::uint8_t* q;  // [n][k], a byte each, 0 to 15
-    const float* scales;    // [n][groups]
-    const float* zeros;     // [n][groups], or null for 8
-};
-
-// Rounds to the weight's format. int8: the largest of an output becomes 127. int4: of some ranges of each group the one
-// with the smallest squared error, weighted by `importance` [k] unless that is null. An output with a NaN or an
-// infinity gets NaN for its scale.
+// Rounds to the weight's format. int8: the largest of an output becomes 127. int4: the levels of each group, of those
+// that a search over ranges finds, with the least squared error, weighted by `importance` [depth] unless that is null.
+// An output with a NaN or an infinity gets NaN for its scale.
 TOKENMILL_KERNEL(pack, void(const Matrix& from, const float* importance, const Weight& to));
-
-// Keeps every q. Scales keep 8 bits relative to the largest of their output, so small groups are met less closely.
-TOKENMILL_KERNEL(pack_quantized, void(const Quantized& from, const Weight& to));
 
 // The matrix [n][k] that the kernels compute with, without the bias.
 TOKENMILL_KERNEL(unpack, void(const Weight& from, float* to));
+
+// Rows of a weight that is not gated, [count][k]: rounded to bf16, then multiplied and rounded once more. An embedding
+// that is also the head is kept once.
+TOKENMILL_KERNEL(gather, void(const Weight& from, const std::int64_t* rows, int count, float scale, bf16* to));
 
 }  // namespace tokenmill

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tokenmill.kernels.cpu import _native
 
-__all__ = ["Activation", "Format", "PackedWeight", "pack", "pack_int4"]
+__all__ = ["Activation", "Format", "PackedWeight", "pack"]
 
 Format = Literal["bf16", "int8", "int4"]
 Activation = Literal["silu", "gelu_tanh"]
@@ -46,6 +46,9 @@ class PackedWeight:
         group: inputs per group; only for ``int4``.
         tensors: ``data`` uint8, ``bias`` float32 if there is one, and by format ``scales`` float32, ``multipliers`` and
             ``offsets`` uint8, all flat, as `pack` makes them. They are used, not copied.
+
+    Raises:
+        ValueError: a tensor is missing, left over, or of a wrong size or type.
     """
 
     def __init__(
@@ -58,6 +61,11 @@ class PackedWeight:
         self.group = group
         self.tensors = dict(tensors)
         panels, depth = _padded(format, outputs, inputs, gated, group)
+        sizes = _sizes(format, outputs, inputs, gated, group)
+        needed = sizes.keys() - {"bias", "offsets"}
+        found = {name: (tensor.numel(), tensor.dtype) for name, tensor in self.tensors.items()}
+        if not (needed <= found.keys() and found.items() <= sizes.items()):
+            raise ValueError(f"A weight {format} [{outputs}, {inputs}] is not made of {found}.")
 
         def address(name: str) -> int:
             return self.tensors[name].data_ptr() if name in self.tensors else 0
@@ -86,6 +94,21 @@ class PackedWeight:
         """The matrix that is computed with, [N, K] float32, without the bias."""
         out = torch.empty(self.outputs, self.inputs)
         self.native.unpack(out.data_ptr())
+        return out
+
+    def rows(self, indices: Tensor, scale: float = 1.0) -> Tensor:
+        """Rows of a weight that is not gated, of those that `dequantize` gives.
+
+        Args:
+            indices: [T] int64, from 0 to N - 1.
+            scale: rows are rounded to bfloat16, multiplied by it, and rounded again.
+
+        Returns:
+            [T, K] bfloat16, new memory.
+        """
+        indices = indices.contiguous()
+        out = torch.empty(len(indices), self.inputs, dtype=torch.bfloat16)
+        self.native.gather(indices.data_ptr(), len(indices), scale, out.data_ptr())
         return out
 
     def linear(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -163,43 +186,26 @@ def pack(
     return packed
 
 
-def pack_int4(
-    q: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    group: int,
-    bias: Tensor | None = None,
-    *,
-    gated: bool = False,
-) -> PackedWeight:
-    """Packs a weight that is quantized already: ``(q - zero) * scale``.
-
-    Args:
-        q: [N, K] uint8 from 0 to 15.
-        scales: [N, ceil(K / group)], positive, of any floating type.
-        zeros: the same shape, from 0 to 16; None means 8.
-        group: inputs per scale: 32, 64 or 128.
-        bias: [N] of any floating type.
-        gated: as in `pack`.
-
-    Raises:
-        ValueError: for a shape, type or group that is not listed here.
-    """
-    packed = _empty("int4", q.shape[0], q.shape[1], bias, gated, group, zeros is None)
-    shape = (q.shape[0], math.ceil(q.shape[1] / group))
-    if q.dtype != torch.uint8 or scales.shape != shape or (zeros is not None and zeros.shape != shape):
-        raise ValueError(f"q must be uint8, scales and zeros {list(shape)}.")
-    q, scales = q.contiguous(), scales.float().contiguous()
-    zeros = None if zeros is None else zeros.float().contiguous()
-    packed.native.pack_quantized(q.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr())
-    return packed
-
-
 def _padded(format: Format, outputs: int, inputs: int, gated: bool, group: int) -> tuple[int, int]:
     """Panels and inputs with padding."""
     panels = 2 * math.ceil(outputs // 2 / _PANEL) if gated else math.ceil(outputs / _PANEL)
     step = {"bf16": 2, "int8": 4, "int4": group}[format]
     return panels, math.ceil(inputs / step) * step
+
+
+def _sizes(format: Format, outputs: int, inputs: int, gated: bool, group: int) -> dict[str, tuple[int, torch.dtype]]:
+    """Elements and type of each tensor that a weight may have."""
+    panels, depth = _padded(format, outputs, inputs, gated, group)
+    rows = panels * _PANEL
+    sizes = {
+        "data": (rows * depth * {"bf16": 4, "int8": 2, "int4": 1}[format] // 2, torch.uint8),
+        "bias": (rows, torch.float32),
+    }
+    if format != "bf16":
+        sizes["scales"] = (rows, torch.float32)
+    if format == "int4":
+        sizes["multipliers"] = sizes["offsets"] = (rows * depth // group, torch.uint8)
+    return sizes
 
 
 def _empty(
@@ -210,17 +216,11 @@ def _empty(
         raise ValueError(f"The group of int4 must be one of {_GROUPS}, not {group}.")
     if gated and outputs % 2:
         raise ValueError("A gated weight has an even number of rows.")
-    panels, depth = _padded(format, outputs, inputs, gated, group)
-    rows = panels * _PANEL
-    tensors = {"data": torch.zeros(rows * depth * {"bf16": 4, "int8": 2, "int4": 1}[format] // 2, dtype=torch.uint8)}
-    if format != "bf16":
-        tensors["scales"] = torch.zeros(rows)
-    if format == "int4":
-        tensors["multipliers"] = torch.zeros(rows * depth // group, dtype=torch.uint8)
-        if not symmetric:
-            tensors["offsets"] = torch.zeros(rows * depth // group, dtype=torch.uint8)
+    sizes = _sizes(format, outputs, inputs, gated, group)
+    left_out = {"bias"} | ({"offsets"} if symmetric else set())
+    tensors = {name: torch.zeros(size, dtype=kind) for name, (size, kind) in sizes.items() if name not in left_out}
     if bias is not None:
-        tensors["bias"] = _pad_bias(bias.float(), rows, gated)
+        tensors["bias"] = _pad_bias(bias.float(), sizes["bias"][0], gated)
     return PackedWeight(format, outputs, inputs, gated, group, tensors)
 
 

@@ -39,7 +39,7 @@ def test_every_weight_gets_the_nearest_level_of_its_group(symmetric: bool) -> No
     levels = levels * quantized.scales.view(-1, 1, 1)
     distance = (weight.view(6, 4, 32, 1) - levels.unsqueeze(2)).abs().amin(-1)
     got = (quantized.dequantize() - weight).abs().view(6, 4, 32)
-    assert (got <= distance + 0.01 * weight.view(6, 4, 32).abs()).all()
+    assert (got <= distance + 0.02 * weight.view(6, 4, 32).abs()).all()
 
 
 def test_the_search_beats_rounding_to_the_whole_range() -> None:
