@@ -85,7 +85,6 @@ struct TileProduct {
         auto* first = static_cast<float*>(sums);
         float* others = wide ? first + 2 * kTileRows : first + std::int64_t{upper} * width;
         const int row = 4 * width;
-        finish_writing();
         if (goes_on) {
             _tile_loadd(0, first, row);
             _tile_loadd(1, first + kTileRows, row);

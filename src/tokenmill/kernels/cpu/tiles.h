@@ -21,9 +21,6 @@ namespace tokenmill::TOKENMILL_ISA {
 constexpr int kTileRows = 16;
 constexpr int kTileBytes = 64;  // of a row
 
-// To be called between writing memory and loading tiles from it: compilers do not know that a tile load reads memory.
-inline void finish_writing() { asm volatile("" ::: "memory"); }
-
 // Holds the tile registers of this thread, and gives them back: a thread that keeps them is slower to switch.
 class Tiles {
   public:
@@ -33,8 +30,10 @@ class Tiles {
     Tiles& operator=(const Tiles&) = delete;
 
     // Sums 0 and 1, and register 4 of a, have `upper` rows; sums 2 and 3, and register 5, have `lower`. Rows of a are
-    // 4 * `depth` bytes long and b has `depth` rows. Forgets what the registers hold if that is a change.
+    // 4 * `depth` bytes long and b has `depth` rows. Forgets what the registers hold if that is a change. To be called
+    // between writing memory and loading tiles from it, of which compilers do not know that it reads memory.
     void shape(int upper, int lower, int depth) {
+        asm volatile("" ::: "memory");
         if (upper == upper_ && lower == lower_ && depth == depth_) return;
         upper_ = upper;
         lower_ = lower;
@@ -53,7 +52,7 @@ class Tiles {
         config.rows[5] = static_cast<std::uint8_t>(lower);
         config.bytes[6] = config.bytes[7] = kTileBytes;
         config.rows[6] = config.rows[7] = static_cast<std::uint8_t>(depth);
-        finish_writing();
+        asm volatile("" ::: "memory");
         _tile_loadconfig(&config);
     }
 
