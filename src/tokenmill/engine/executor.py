@@ -50,6 +50,7 @@ class LocalExecutor:
             from tokenmill.kernels.cpu import _native
 
             _native.set_thread_count(threads)
+            _native.keep_freed_memory()
         decoder = load(
             path,
             config.model.dtype,

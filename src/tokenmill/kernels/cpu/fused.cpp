@@ -24,13 +24,12 @@ Rows normed_rows(const float* norm, float eps, const Weight& w, const bf16* x, i
 
 std::size_t normed_bytes(const Weight& w, int m) { return matrix_bytes(m, w.k) + aligned(rows_bytes(w, m)); }
 
-// Queries of one token to `to.q`, its key and value into the cache.
-void place_token(const AttentionInput& layer, const AttentionTokens& to, std::int64_t t, const bf16* qkv, bf16* key) {
+// Queries of one token to `to.q` and its keys to `keys`, normed and rotated.
+void rotate_token(const AttentionInput& layer, const AttentionTokens& to, std::int64_t t, const bf16* qkv, bf16* keys) {
     const KVBlocks& cache = to.cache;
     const int width = cache.width, half = layer.half;
     const float *cos = to.cos + t * half, *sin = to.sin + t * half;
     const bf16* k = qkv + layer.q_heads * width;
-    const bf16* v = k + cache.heads * width;
 
     const auto head = [&](const bf16* x, const float* weight, float of_all, int index, bf16* out) {
         const bf16* one = x + index * width;
@@ -51,9 +50,7 @@ void place_token(const AttentionInput& layer, const AttentionTokens& to, std::in
     if (to.slots[t] < 0) return;
     const float of_k = whole ? rms_scale(k, cache.heads * width, layer.eps) : 1.0f;
     for (int index = 0; index < cache.heads; ++index) {
-        head(k, layer.k_norm, of_k, index, key);
-        write_key(cache, to.slots[t], index, key);
-        write_value(cache, to.slots[t], index, v + index * width);
+        head(k, layer.k_norm, of_k, index, keys + index * width);
     }
 }
 
@@ -67,11 +64,15 @@ void attention_input(const AttentionInput& layer, const AttentionTokens& to) {
     auto* qkv = reinterpret_cast<bf16*>(memory + before);
     linear(w, normed_rows(layer.norm, layer.eps, w, to.x, m, memory), m, Epilogue::bf16, qkv, w.n);
 
-    constexpr int at_once = 8;  // tokens of a task
+    constexpr int at_once = 16;  // tokens of a task
+    const int of_keys = to.cache.heads * to.cache.width;
+    const bf16* values = qkv + layer.q_heads * to.cache.width + of_keys;
     parallel((m + at_once - 1) / at_once, [&](int task, int thread) {
-        auto* key = static_cast<bf16*>(scratch(thread, matrix_bytes(1, to.cache.width)));
-        const int end = m < (task + 1) * at_once ? m : (task + 1) * at_once;
-        for (std::int64_t t = task * at_once; t < end; ++t) place_token(layer, to, t, qkv + t * w.n, key);
+        auto* keys = static_cast<bf16*>(scratch(thread, matrix_bytes(at_once, of_keys)));
+        const std::int64_t begin = std::int64_t{task} * at_once;
+        const int count = static_cast<int>(m - begin < at_once ? m - begin : at_once);
+        for (int t = 0; t < count; ++t) rotate_token(layer, to, begin + t, qkv + (begin + t) * w.n, keys + t * of_keys);
+        write_tokens(to.cache, to.slots + begin, count, keys, of_keys, values + begin * w.n, w.n);
     });
 }
 

@@ -1,6 +1,10 @@
 // The Python module. Functions take addresses of memory as integers; who calls them keeps the tensors alive.
 #include <nanobind/nanobind.h>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 #include "kernels.h"
 #include "threads.h"
 
@@ -12,6 +16,20 @@ void bind_ceilings(nb::module_&);
 void bind_linear(nb::module_&);
 void bind_rows(nb::module_&);
 void bind_sample(nb::module_&);
+
+namespace {
+
+// Activations of a large batch take megabytes, which the allocator would give back to the system after each layer and
+// fault in again, page by page, for the next.
+void keep_freed_memory() {
+#if defined(__GLIBC__)
+    constexpr int most = 256 << 20;
+    mallopt(M_MMAP_THRESHOLD, most);
+    mallopt(M_TRIM_THRESHOLD, most);
+#endif
+}
+
+}  // namespace
 }  // namespace tokenmill
 
 NB_MODULE(_native, m) {
@@ -20,6 +38,7 @@ NB_MODULE(_native, m) {
     m.def("isa", [chosen] { return chosen; }, "The instruction set that the kernels use.");
     m.def("thread_count", &thread_count, "Threads that take part in an operator, the calling one included.");
     m.def("set_thread_count", &set_thread_count, nb::arg("count"), nb::call_guard<nb::gil_scoped_release>());
+    m.def("keep_freed_memory", &keep_freed_memory, "Up to 256 MiB that is freed stays with the process, to be used again.");
     bind_attention(m);
     bind_ceilings(m);
     bind_linear(m);
