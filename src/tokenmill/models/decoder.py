@@ -27,7 +27,7 @@ from tokenmill.models.spec import BLOCK_NORMS, AttentionSpec, KVLayout, LayerSpe
 if TYPE_CHECKING:
     from tokenmill.layers.native import NativeBlock
 
-__all__ = ["Decoder", "PostNormBlock", "PreNormBlock", "SandwichNormBlock", "usable"]
+__all__ = ["Decoder", "PostNormBlock", "PreNormBlock", "SandwichNormBlock", "plain_block", "usable"]
 
 Angles = tuple[Tensor, Tensor]
 """Cosine and sine of the tokens' positions, both [T, R/2] float32."""
@@ -87,6 +87,34 @@ BLOCKS: Mapping[str, Callable[..., Block]] = {
 QK_NORMS: Mapping[str, Callable[[RMSNorm, RMSNorm], QKNorm]] = {"per_head": HeadNorm, "whole": WholeNorm}
 
 
+def plain_block(layer: LayerSpec, own: Mapping[str, Tensor], eps: float) -> Block:
+    """One layer over the plain operators; its weights are named as in `spec.weight_shapes` without their prefix."""
+    mlp = GatedMLP(
+        Linear(own["mlp.gate_up"], own.get("mlp.gate_up_bias")),
+        Linear(own["mlp.down"], own.get("mlp.down_bias")),
+        ACTIVATIONS[layer.mlp.activation],
+    )
+    norms = {name: RMSNorm(own[name], eps) for name in BLOCK_NORMS[layer.block]}
+    return BLOCKS[layer.block](attention=_attention(layer.attention, own, eps), mlp=mlp, **norms)
+
+
+def _attention(spec: AttentionSpec, own: Mapping[str, Tensor], eps: float) -> Attention:
+    norm: QKNorm = NoNorm()
+    if spec.norm != "none":
+        q, k = (RMSNorm(own[f"attention.{name}"], eps) for name in ("q_norm", "k_norm"))
+        norm = QK_NORMS[spec.norm](q, k)
+    return Attention(
+        Linear(own["attention.qkv"], own.get("attention.qkv_bias")),
+        Linear(own["attention.out"], own.get("attention.out_bias")),
+        norm,
+        [spec.q_size, spec.kv_size, spec.kv_size],
+        spec.head_dim,
+        spec.scale,
+        spec.window,
+        spec.softcap,
+    )
+
+
 def _own(index: int, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Takes the weights of one layer out of all, so that what a layer packs is not kept twice."""
     prefix = f"layers.{index}."
@@ -140,38 +168,15 @@ class Decoder:
         else:
             self._norm = RMSNorm(weights["norm"], spec.norm_eps)
             self._head = LogitsHead(Linear(head), spec.logit_softcap)
-            self._blocks = [self._block(layer, _own(index, weights)) for index, layer in enumerate(spec.layers)]
+            self._blocks = [
+                plain_block(layer, _own(index, weights), spec.norm_eps) for index, layer in enumerate(spec.layers)
+            ]
         # Layers that rotate alike share the angles, which are computed once per forward pass.
         ropes: list[RopeSpec] = list(dict.fromkeys(layer.attention.rope for layer in spec.layers))
         self._rotaries = [
             Rotary(rope.frequencies(spec.max_position), rope.attention_factor, self.device) for rope in ropes
         ]
         self._rope_of = [ropes.index(layer.attention.rope) for layer in spec.layers]
-
-    def _block(self, layer: LayerSpec, own: Mapping[str, Tensor]) -> Block:
-        mlp = GatedMLP(
-            Linear(own["mlp.gate_up"], own.get("mlp.gate_up_bias")),
-            Linear(own["mlp.down"], own.get("mlp.down_bias")),
-            ACTIVATIONS[layer.mlp.activation],
-        )
-        norms = {name: RMSNorm(own[name], self.spec.norm_eps) for name in BLOCK_NORMS[layer.block]}
-        return BLOCKS[layer.block](attention=self._attention(layer.attention, own), mlp=mlp, **norms)
-
-    def _attention(self, spec: AttentionSpec, own: Mapping[str, Tensor]) -> Attention:
-        norm: QKNorm = NoNorm()
-        if spec.norm != "none":
-            q, k = (RMSNorm(own[f"attention.{name}"], self.spec.norm_eps) for name in ("q_norm", "k_norm"))
-            norm = QK_NORMS[spec.norm](q, k)
-        return Attention(
-            Linear(own["attention.qkv"], own.get("attention.qkv_bias")),
-            Linear(own["attention.out"], own.get("attention.out_bias")),
-            norm,
-            [spec.q_size, spec.kv_size, spec.kv_size],
-            spec.head_dim,
-            spec.scale,
-            spec.window,
-            spec.softcap,
-        )
 
     def new_cache(self, layout: KVLayout, num_blocks: int) -> KVCache:
         """An empty cache of the model's type on its device; `layout` is made for this model's spec."""
