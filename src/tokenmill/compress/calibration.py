@@ -141,12 +141,13 @@ class Calibration:
 
     def __init__(self, spec: ModelSpec, embedded: Sequence[Tensor], step: Callable[[], None]) -> None:
         self._spec, self._step = spec, step
-        self._hidden: list[Tensor] = []
+        self.hidden: list[Tensor] = []
+        """[tokens, H] of each batch of windows."""
         self._batches: list[_Batch] = []
         per_batch = max(1, _TOKENS_AT_ONCE // max((len(each) for each in embedded), default=1))
         for start in range(0, len(embedded), per_batch):
             group = embedded[start : start + per_batch]
-            self._hidden.append(torch.cat(list(group)))
+            self.hidden.append(torch.cat(list(group)))
             self._batches.append(_Batch.of([len(each) for each in group]))
 
     @property
@@ -155,7 +156,7 @@ class Calibration:
 
     @property
     def tokens(self) -> int:
-        return sum(len(hidden) for hidden in self._hidden)
+        return sum(len(hidden) for hidden in self.hidden)
 
     def observe(self, layer: LayerSpec, block: Block) -> dict[str, Statistics]:
         """What the linear layers of a block are given, by our names; the hidden states stay before it."""
@@ -178,13 +179,13 @@ class Calibration:
     def advance(self, layer: LayerSpec, block: Block) -> None:
         """Moves the hidden states through a block."""
         for index, hidden in enumerate(self._passed(layer, block)):
-            self._hidden[index] = hidden
+            self.hidden[index] = hidden
             self._step()
 
     @torch.inference_mode()
     def _passed(self, layer: LayerSpec, block: Block) -> Iterator[Tensor]:
         spec = layer.attention
         rotary = Rotary(spec.rope.frequencies(self._spec.max_position), spec.rope.attention_factor, torch.device("cpu"))
-        for hidden, batch in zip(self._hidden, self._batches, strict=True):
+        for hidden, batch in zip(self.hidden, self._batches, strict=True):
             kv = batch.view(spec.kv_heads, spec.head_dim, hidden.dtype)
             yield block(hidden.clone(), rotary(batch.positions), kv)
