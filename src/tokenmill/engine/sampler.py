@@ -42,22 +42,31 @@ def sample_rows(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
     """Chooses the next token of each row.
 
     Args:
-        logits: [R, V], any floating dtype; not changed.
+        logits: [R, V], any floating dtype; used up: what forbids, favours or penalises tokens is applied in place.
         rows: what each of the R rows asks for. A row's token does not depend on the other rows.
     """
-    raw = logits.float()
-    processed = _process(raw, rows)
+    logits = logits.float()
     params = [row.params for row in rows]
-    device = raw.device
+    wanted = {index: p.logprobs for index, p in enumerate(params) if p.logprobs is not None}
+    raw = logits[list(wanted)]  # a copy of what is about to change
+    for own, row in zip(logits, rows, strict=True):
+        _restrict(own, row)
+        _penalize(own, row)
+    device = logits.device
     chosen = kernels.sample(
-        processed,
+        logits,
         _column([0.0 if p.greedy else p.temperature for p in params], np.float32, device),
         _column([max(p.top_k, 0) for p in params], np.int64, device),
         _column([p.top_p for p in params], np.float32, device),
         _column([p.min_p for p in params], np.float32, device),
         torch.from_numpy(uniforms([row.seed for row in rows], [row.position for row in rows])).to(device),
     )
-    return Sampled(chosen.tolist(), _logprobs(raw, chosen, params))
+    found: list[TokenLogprobs | None] = [None] * len(rows)
+    if wanted:
+        for index, entry in zip(wanted, _token_logprobs(raw, chosen[list(wanted)], max(wanted.values())), strict=True):
+            kept = wanted[index] + 1
+            found[index] = TokenLogprobs(entry.token_ids[:kept], entry.logprobs[:kept], entry.rank)
+    return Sampled(chosen.tolist(), found)
 
 
 def prompt_logprobs(logits: Tensor, next_tokens: Sequence[int], k: int) -> list[TokenLogprobs]:
@@ -96,30 +105,6 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def _column(values: Sequence[float], dtype: type[Number], device: torch.device) -> Tensor:
     return torch.from_numpy(np.array(values, dtype)).to(device)
-
-
-def _process(raw: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """The logits after everything that forbids, favours or penalises tokens; `raw` itself if nobody asks for that."""
-    asking = [index for index, row in enumerate(rows) if _asks(row)]
-    if not asking:
-        return raw
-    processed = raw.clone()
-    for index in asking:
-        row, logits = rows[index], processed[index]
-        _restrict(logits, row)
-        _penalize(logits, row)
-    return processed
-
-
-def _asks(row: SampleRow) -> bool:
-    params = row.params
-    return (
-        params.allowed_token_ids is not None
-        or bool(params.bad_words_ids)
-        or row.generated < params.min_tokens
-        or bool(params.logit_bias)
-        or _penalizes(params)
-    )
 
 
 def _penalizes(params: SamplingParams) -> bool:
@@ -161,17 +146,6 @@ def _penalize(logits: Tensor, row: SampleRow) -> None:
     output, counts = np.unique(history[row.prompt_len :], return_counts=True)
     penalty = torch.from_numpy(counts).to(logits) * params.frequency_penalty + params.presence_penalty
     logits[torch.from_numpy(output).to(logits.device)] -= penalty
-
-
-def _logprobs(raw: Tensor, chosen: Tensor, params: Sequence[SamplingParams]) -> list[TokenLogprobs | None]:
-    found: list[TokenLogprobs | None] = [None] * len(params)
-    wanted = {index: p.logprobs for index, p in enumerate(params) if p.logprobs is not None}
-    if wanted:
-        index = torch.tensor(list(wanted), device=raw.device)
-        widest = _token_logprobs(raw[index], chosen[index], max(wanted.values()))
-        for (row, k), entry in zip(wanted.items(), widest, strict=True):
-            found[row] = TokenLogprobs(entry.token_ids[: k + 1], entry.logprobs[: k + 1], entry.rank)
-    return found
 
 
 def _token_logprobs(logits: Tensor, tokens: Tensor, k: int) -> list[TokenLogprobs]:

@@ -4,7 +4,8 @@ An operation is written three ways at most, and the first that fits the device o
 
 1. an installed plugin: an entry point of the group ``tokenmill.kernels``, named like the operation, for a module;
 2. our own native kernel: the module ``tokenmill.kernels.<backend>.<operation>``, where the backend is ``cpu`` for CPU
-   tensors and ``triton`` for CUDA tensors; it is found by its place, no table lists it;
+   tensors and ``triton`` for CUDA tensors; it is found by its place, no table lists it, and left out where it cannot
+   be imported because nothing was compiled;
 3. the plain torch reference, which runs on every device and says what the other two must compute.
 
 Modules of kinds 1 and 2 define a function named like the operation, with the reference's signature. A plugin module
@@ -105,7 +106,10 @@ class Op(Generic[P, R]):
         for device, backend in _BACKENDS.items():
             folder = f"{__package__}.{backend}"
             if importlib.util.find_spec(folder) and importlib.util.find_spec(f"{folder}.{self.name}"):
-                module = importlib.import_module(f"{folder}.{self.name}")
+                try:
+                    module = importlib.import_module(f"{folder}.{self.name}")
+                except ImportError:  # for want of the compiled module or library it is made of
+                    continue
                 found.append(self._implementation(module, (device,), f"a native kernel for {device}"))
         return found
 

@@ -28,7 +28,7 @@ from tokenmill.quant.weight import Quantized
 if TYPE_CHECKING:
     from tokenmill.layers.native import NativeBlock
 
-__all__ = ["Decoder", "PostNormBlock", "PreNormBlock", "SandwichNormBlock", "usable"]
+__all__ = ["Decoder", "PostNormBlock", "PreNormBlock", "SandwichNormBlock", "plain_block", "usable"]
 
 Angles = tuple[Tensor, Tensor]
 """Cosine and sine of the tokens' positions, both [T, R/2] float32."""
@@ -88,6 +88,34 @@ BLOCKS: Mapping[str, Callable[..., Block]] = {
 QK_NORMS: Mapping[str, Callable[[RMSNorm, RMSNorm], QKNorm]] = {"per_head": HeadNorm, "whole": WholeNorm}
 
 
+def plain_block(layer: LayerSpec, own: Mapping[str, Any], eps: float) -> Block:
+    """One layer over the plain operators; its weights are named as in `spec.weight_shapes` without their prefix."""
+    mlp = GatedMLP(
+        Linear(own["mlp.gate_up"], own.get("mlp.gate_up_bias")),
+        Linear(own["mlp.down"], own.get("mlp.down_bias")),
+        ACTIVATIONS[layer.mlp.activation],
+    )
+    norms = {name: RMSNorm(own[name], eps) for name in BLOCK_NORMS[layer.block]}
+    return BLOCKS[layer.block](attention=_attention(layer.attention, own, eps), mlp=mlp, **norms)
+
+
+def _attention(spec: AttentionSpec, own: Mapping[str, Any], eps: float) -> Attention:
+    norm: QKNorm = NoNorm()
+    if spec.norm != "none":
+        q, k = (RMSNorm(own[f"attention.{name}"], eps) for name in ("q_norm", "k_norm"))
+        norm = QK_NORMS[spec.norm](q, k)
+    return Attention(
+        Linear(own["attention.qkv"], own.get("attention.qkv_bias")),
+        Linear(own["attention.out"], own.get("attention.out_bias")),
+        norm,
+        [spec.q_size, spec.kv_size, spec.kv_size],
+        spec.head_dim,
+        spec.scale,
+        spec.window,
+        spec.softcap,
+    )
+
+
 def _own(index: int, weights: Mapping[str, Any]) -> dict[str, Any]:
     """The weights of one layer."""
     prefix = f"layers.{index}."
@@ -142,38 +170,13 @@ class Decoder:
             self._embedding = QuantizedEmbedding(table, scale) if quantized else Embedding(table, scale)
             self._norm = RMSNorm(weights["norm"], spec.norm_eps)
             self._head = LogitsHead(Linear(head), spec.logit_softcap)
-            self._blocks = [self._block(layer, own) for layer, own in layers]
+            self._blocks = [plain_block(layer, own, spec.norm_eps) for layer, own in layers]
         # Layers that rotate alike share the angles, which are computed once per forward pass.
         ropes: list[RopeSpec] = list(dict.fromkeys(layer.attention.rope for layer in spec.layers))
         self._rotaries = [
             Rotary(rope.frequencies(spec.max_position), rope.attention_factor, self.device) for rope in ropes
         ]
         self._rope_of = [ropes.index(layer.attention.rope) for layer in spec.layers]
-
-    def _block(self, layer: LayerSpec, own: Mapping[str, Any]) -> Block:
-        mlp = GatedMLP(
-            Linear(own["mlp.gate_up"], own.get("mlp.gate_up_bias")),
-            Linear(own["mlp.down"], own.get("mlp.down_bias")),
-            ACTIVATIONS[layer.mlp.activation],
-        )
-        norms = {name: RMSNorm(own[name], self.spec.norm_eps) for name in BLOCK_NORMS[layer.block]}
-        return BLOCKS[layer.block](attention=self._attention(layer.attention, own), mlp=mlp, **norms)
-
-    def _attention(self, spec: AttentionSpec, own: Mapping[str, Any]) -> Attention:
-        norm: QKNorm = NoNorm()
-        if spec.norm != "none":
-            q, k = (RMSNorm(own[f"attention.{name}"], self.spec.norm_eps) for name in ("q_norm", "k_norm"))
-            norm = QK_NORMS[spec.norm](q, k)
-        return Attention(
-            Linear(own["attention.qkv"], own.get("attention.qkv_bias")),
-            Linear(own["attention.out"], own.get("attention.out_bias")),
-            norm,
-            [spec.q_size, spec.kv_size, spec.kv_size],
-            spec.head_dim,
-            spec.scale,
-            spec.window,
-            spec.softcap,
-        )
 
     def new_cache(self, layout: KVLayout, num_blocks: int) -> KVCache:
         """An empty cache of the model's type on its device; `layout` is made for this model's spec."""

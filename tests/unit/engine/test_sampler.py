@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tokenmill import kernels
 from tokenmill.engine.plan import SampleRow
 from tokenmill.engine.sampler import prompt_logprobs, sample_rows, uniforms
 from tokenmill.types import SamplingParams
@@ -29,7 +30,7 @@ def row(history=(), prompt_len=0, seed=1, stop_ids=(), **params):
 
 
 def choose(*rows, logits=LOGITS):
-    return sample_rows(logits.expand(len(rows), -1), rows).token_ids
+    return sample_rows(logits.repeat(len(rows), 1), rows).token_ids
 
 
 def reachable(count=3000, **params):
@@ -117,25 +118,37 @@ def test_a_choice_depends_on_its_row_alone():
     ]
     rows = [row([3, 1, seed % V], 1, seed=seed, **kinds[seed % len(kinds)]) for seed in range(48)]
     logits = torch.randn(48, V, generator=torch.Generator().manual_seed(0))
-    together = sample_rows(logits, rows)
+    together = sample_rows(logits.clone(), rows)
     for index, one in enumerate(rows):
-        alone = sample_rows(logits[index : index + 1], [one])
+        alone = sample_rows(logits[index : index + 1].clone(), [one])
         assert alone.token_ids == [together.token_ids[index]]
         assert alone.logprobs == [together.logprobs[index]]
 
 
-def test_logits_are_not_changed():
-    logits = LOGITS.repeat(2, 1)
-    before = logits.clone()
-    rows = [row([1, 2], 1, allowed_token_ids=[1], logit_bias={1: 3.0}, presence_penalty=1.0, logprobs=1), row()]
+def test_what_a_row_asks_for_changes_its_own_logits_alone():
+    logits = LOGITS.repeat(3, 1)
+    rows = [row([1, 2], 1, allowed_token_ids=[1], logit_bias={1: 3.0}, presence_penalty=1.0), row(logprobs=1), row()]
     sample_rows(logits, rows)
-    assert torch.equal(logits, before)
+    assert not torch.equal(logits[0], LOGITS)
+    assert torch.equal(logits[1:], LOGITS.repeat(2, 1))
+
+
+@pytest.mark.parametrize("asked", [{"top_k": 1}, {"top_k": 7, "top_p": 0.9}, {"min_p": 0.2}, {"top_p": 0.0001}, {}])
+def test_native_and_plain_sampling_choose_alike(asked, monkeypatch):
+    """Over seeds, ties included, and with penalties before."""
+    logits = LOGITS.clone()
+    logits[3:9] = logits[1]
+    rows = [row([3, 4, 4], 1, seed=seed, temperature=0.9, frequency_penalty=0.3, **asked) for seed in range(64)]
+    chosen = choose(*rows, logits=logits)
+    monkeypatch.setattr(kernels, "sample", kernels.sample.reference)
+    monkeypatch.setattr(kernels, "token_logprobs", kernels.token_logprobs.reference)
+    assert choose(*rows, logits=logits) == chosen
 
 
 def test_logprobs_are_those_of_the_raw_logits():
     expected = LOGITS.double().log_softmax(0)
     asked = row([], 0, logprobs=2, allowed_token_ids=[5], temperature=0.5)
-    none, zero, two = sample_rows(LOGITS.expand(3, -1), [row(), row(logprobs=0), asked]).logprobs
+    none, zero, two = sample_rows(LOGITS.repeat(3, 1), [row(), row(logprobs=0), asked]).logprobs
     assert none is None
     assert (zero.token_ids, zero.rank) == ([1], 1)
     assert zero.logprobs == pytest.approx([expected[1].item()], abs=1e-5)

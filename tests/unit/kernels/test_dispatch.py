@@ -78,6 +78,11 @@ def test_a_file_in_the_backend_folder_is_a_kernel(native):
     assert Op("triple", double).active("cpu").source == "reference"
 
 
+def test_a_kernel_that_was_not_compiled_is_left_out(native):
+    native("cpu", "from tokenmill.kernels.cpu import _never_compiled\n")
+    assert sources(Op("double", double)) == ["reference"]
+
+
 def test_cuda_tensors_go_to_triton(native):
     native("triton", "def double(x):\n    return x\n")
     op = Op("double", double)

@@ -1,7 +1,7 @@
 """Measure how accurate a model is on the built-in tasks.
 
 Each accuracy comes with its 95 % interval; the tasks depend on the seed alone, so two models are asked the same. With
-``--quantize`` the model as it is is measured too, and the two are compared.
+``--quantize`` the model as it is is measured too, and with ``--against`` another one, and the two are compared.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import rich
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -23,6 +24,7 @@ from tokenmill.cli.terminal import load, notes
 from tokenmill.engine.config import EngineConfig
 from tokenmill.errors import ConfigError, did_you_mean
 from tokenmill.llm import LLM
+from tokenmill.models.config import ModelConfig
 from tokenmill.models.demo import corpus
 from tokenmill.text.chat import encode_chat
 from tokenmill.types import RequestOutput, SamplingParams
@@ -132,6 +134,9 @@ def run(
         int | None, typer.Option(min=1, metavar="N", help="Held-out files for bits per byte. All by default.")
     ] = None,
     context: Annotated[int, typer.Option(min=2, metavar="N", help="Longest window for bits per byte.")] = 1024,
+    against: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Compare with this model, such as the one it was made from.")
+    ] = None,
     eval_seed: Annotated[int, typer.Option(metavar="N", help="Decides which tasks are asked.")] = evaluate.SEED,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
@@ -143,7 +148,8 @@ def run(
                 "unknown_choice", f"There is no task {kind!r}. {did_you_mean(kind, evaluate.KINDS)}", "task"
             )
     held_out = list(corpus.held_out_files())[:files]
-    plain = dataclasses.replace(engine, model=dataclasses.replace(engine.model, quantize="none"))
+    original = dataclasses.replace(engine.model, model=against or engine.model.model, quantize="none")
+    plain = dataclasses.replace(engine, model=original)
     compared = engine != plain
 
     def measure(config: EngineConfig) -> _Measured:
@@ -162,27 +168,33 @@ def run(
         "quantize": engine.model.quantize,
         **dataclasses.asdict(measured.result),
     }
-    tables = [_table(measured.result, engine.model.quantize if compared else "")]
+    tables = [_table(measured.result, _which(engine.model) if compared else "")]
     if compared:
         base = measure(plain)
-        told["unquantized"] = dataclasses.asdict(base.result)
+        told["against"] = {"model": original.model, **dataclasses.asdict(base.result)}
         told["kl_nats"] = divergence(base.likeliest, measured.likeliest)
-        tables = [_table(base.result, "not quantized"), *tables]
+        told["relative_loss"] = _loss(base.result, measured.result)
+        tables = [_table(base.result, _which(original)), *tables]
     if as_json:
         print(json.dumps(told))
         return 0
     for table in tables:
         rich.print(table)
     if compared:
-        rich.print(_difference(base.result, measured.result, told["kl_nats"]))
+        bits = "" if told["relative_loss"] is None else f"{told['relative_loss']:+.2%} bits per byte, "
+        rich.print(f"{bits}KL divergence {told['kl_nats']:.4f} nats per token")
     return 0
 
 
-def _difference(base: evaluate.Evaluation, other: evaluate.Evaluation, kl: float) -> str:
-    told = f"KL divergence {kl:.4f} nats per token"
+def _which(model: ModelConfig) -> str:
+    return escape(model.model if model.quantize == "none" else f"{model.model} in {model.quantize}")
+
+
+def _loss(base: evaluate.Evaluation, other: evaluate.Evaluation) -> float | None:
+    """By what share the bits per byte of `other` exceed those of `base`."""
     if base.compression is None or other.compression is None:
-        return told
-    return f"{other.compression.bits_per_byte / base.compression.bits_per_byte - 1:+.2%} bits per byte, {told}"
+        return None
+    return other.compression.bits_per_byte / base.compression.bits_per_byte - 1
 
 
 def _table(result: evaluate.Evaluation, which: str) -> Table:

@@ -76,13 +76,34 @@ def test_a_quantized_model_is_compared_with_the_model_as_it_is(llm, monkeypatch,
     told = json.loads(capsys.readouterr().out)
     assert loaded == ["int8", "none"]
     assert told["quantize"] == "int8"
-    assert told["compression"] == told["unquantized"]["compression"]
-    assert told["kl_nats"] == 0.0
+    assert told["against"]["model"] == "demo"
+    assert told["compression"] == told["against"]["compression"]
+    assert told["kl_nats"] == told["relative_loss"] == 0.0
     with pytest.raises(SystemExit):
         main(ask)
     shown = capsys.readouterr().out
-    assert "int8" in shown
+    assert "demo in int8" in shown
     assert "+0.00% bits per byte, KL divergence 0.0000 nats" in shown
+
+
+def test_a_model_is_compared_with_the_one_it_was_made_from(llm, monkeypatch, capsys):
+    def other(config):
+        loaded.append(config.model.model)
+        if config.model.model == "demo":
+            monkeypatch.setattr(Evaluated, "logprobs", lambda _, windows: [[-2.0] * (len(ids) - 1) for ids in windows])
+        else:
+            monkeypatch.setattr(Evaluated, "logprobs", lambda _, windows: [[-3.0] * (len(ids) - 1) for ids in windows])
+        return llm
+
+    loaded = []
+    monkeypatch.setattr(command, "load", other)
+    ask = ["eval", "--model", "made", "--against", "demo", "-n", "1", "--task", "add", "--files", "1", "--json"]
+    with pytest.raises(SystemExit):
+        main(ask)
+    told = json.loads(capsys.readouterr().out)
+    assert loaded == ["made", "demo"]
+    assert (told["model"], told["against"]["model"]) == ("made", "demo")
+    assert told["relative_loss"] == pytest.approx(0.5)
 
 
 def test_divergence_is_that_of_the_known_distributions():

@@ -13,7 +13,8 @@ from tokenmill.kernels.ops import sample as sample_op
 from tokenmill.kernels.ops import token_logprobs as logprobs_op
 
 _native = pytest.importorskip("tokenmill.kernels.cpu._native")
-from tokenmill.kernels.cpu import sample_ops as native  # noqa: E402
+from tokenmill.kernels.cpu.sample import sample  # noqa: E402
+from tokenmill.kernels.cpu.token_logprobs import token_logprobs  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def test_the_cases_of_the_operation(arguments: tuple[Any, ...]) -> None:
     for seed in range(20):
         random = torch.Generator().manual_seed(seed)
         uniform = torch.rand(len(logits), generator=random, dtype=torch.float64)
-        assert torch.equal(native.sample(logits, *rest, uniform), sample_op.reference(logits, *rest, uniform))
+        assert torch.equal(sample(logits, *rest, uniform), sample_op.reference(logits, *rest, uniform))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_large_vocabularies(changes: dict[str, Any], rows: int, vocabulary: int)
     given = settings(rows, **changes)
     expected = sample_op.reference(logits, *given, uniform)
     # A uniform within rounding of the border between two tokens may give the other one.
-    assert (native.sample(logits, *given, uniform) != expected).sum() <= 1
+    assert (sample(logits, *given, uniform) != expected).sum() <= 1
 
 
 @pytest.mark.parametrize("changes", [{}, {"top_p": 0.7}, {"top_k": 9}, {"min_p": 0.3}, {"temperature": 0.0}])
@@ -78,7 +79,7 @@ def test_equal_logits_go_by_id(changes: dict[str, Any]) -> None:
     logits[:, ::3] = 1.0
     uniform = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
     given = settings(64, **changes)
-    assert torch.equal(native.sample(logits, *given, uniform), sample_op.reference(logits, *given, uniform))
+    assert torch.equal(sample(logits, *given, uniform), sample_op.reference(logits, *given, uniform))
 
 
 @pytest.mark.parametrize("changes", [{}, {"top_k": 7}, {"top_p": 0.9}, {"temperature": 1e-30}, {"temperature": 1e30}])
@@ -86,7 +87,7 @@ def test_the_ends_of_the_uniform_stay_within_what_is_possible(changes: dict[str,
     logits = torch.randn(2, 3000, generator=torch.Generator().manual_seed(1))
     logits[:, 2900:] = float("-inf")
     uniform = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    tokens = native.sample(logits, *settings(2, **changes), uniform)
+    tokens = sample(logits, *settings(2, **changes), uniform)
     assert (tokens < 2900).all()
     assert (tokens >= 0).all()
 
@@ -97,7 +98,7 @@ def test_what_is_not_a_number_is_never_taken() -> None:
     logits[2, [3, 5]] = float("inf")
     for changes in ({}, {"top_k": 5}, {"top_p": 0.5}, {"temperature": 0.0}):
         given = settings(3, **changes)
-        assert native.sample(logits, *given, torch.full((3,), 0.9).double()).tolist() == [0, 40, 3]
+        assert sample(logits, *given, torch.full((3,), 0.9).double()).tolist() == [0, 40, 3]
 
 
 def test_rows_may_be_apart_and_do_not_matter_to_each_other() -> None:
@@ -105,16 +106,48 @@ def test_rows_may_be_apart_and_do_not_matter_to_each_other() -> None:
     wide = torch.randn(6, 1000, generator=random)
     uniform = torch.rand(6, generator=random, dtype=torch.float64)
     given = settings(6, top_p=0.8)
-    together = native.sample(wide[:, :777], *given, uniform)
+    together = sample(wide[:, :777], *given, uniform)
     for row in range(6):
-        alone = native.sample(wide[row : row + 1, :777], *(x[row : row + 1] for x in given), uniform[row : row + 1])
+        alone = sample(wide[row : row + 1, :777], *(x[row : row + 1] for x in given), uniform[row : row + 1])
         assert torch.equal(alone, together[row : row + 1])
+
+
+def test_the_settings_that_cut_nothing_or_all_but_one() -> None:
+    """top_k of 0, 1, all and more than all; top_p of 0 and 1; min_p of 1."""
+    random = torch.Generator().manual_seed(11)
+    logits = torch.randn(1, 5000, generator=random).round()  # with ties
+    uniforms = torch.rand(20, generator=random, dtype=torch.float64)
+    for changes in (
+        {"top_k": 0}, {"top_k": 1}, {"top_k": 5000}, {"top_k": 9999}, {"top_p": 0.0}, {"top_p": 1.0}, {"min_p": 1.0},
+        {"top_k": 1, "top_p": 0.0, "min_p": 1.0},
+    ):  # fmt: skip
+        given = settings(20, **changes)
+        rows = logits.expand(20, -1)
+        assert torch.equal(sample(rows, *given, uniforms), sample_op.reference(rows, *given, uniforms)), changes
+
+
+def test_infinite_logits_are_as_likely_as_logits_get() -> None:
+    logits = torch.zeros(1, 100)
+    logits[0, 30] = float("inf")
+    assert sample(logits, *settings(1), torch.tensor([0.9]).double()).tolist() == [30]
+
+
+def test_tensors_need_not_be_contiguous() -> None:
+    random = torch.Generator().manual_seed(3)
+    logits = torch.randn(300, 8, generator=random).T
+    given = [column[::2] for column in settings(16, top_k=40)]
+    uniform = torch.rand(16, generator=random, dtype=torch.float64)[::2]
+    assert torch.equal(sample(logits, *given, uniform), sample_op.reference(logits, *given, uniform))
+    tokens = torch.arange(16)[::2]
+    found, expected = token_logprobs(logits, tokens, 3), logprobs_op.reference(logits, tokens, 3)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("arguments", [pytest.param(a, id=name) for name, a in logprobs_op.cases()])
 def test_the_cases_of_token_logprobs(arguments: tuple[Tensor, Tensor, int]) -> None:
     logits, tokens, k = arguments
-    logprobs, ranks, top_ids, top_logprobs = native.token_logprobs(logits, tokens, k)
+    logprobs, ranks, top_ids, top_logprobs = token_logprobs(logits, tokens, k)
     expected = logprobs_op.reference(logits.double(), tokens, k)
     torch.testing.assert_close(logprobs.double(), expected[0], rtol=1e-6, atol=1e-6)
     assert torch.equal(ranks, expected[1])
@@ -127,7 +160,7 @@ def test_logprobs_of_a_large_vocabulary(k: int) -> None:
     random = torch.Generator().manual_seed(5)
     logits = torch.randn(3, 151_936, generator=random) * 4
     tokens = torch.randint(0, 151_936, (3,), generator=random)
-    logprobs, ranks, top_ids, top_logprobs = native.token_logprobs(logits, tokens, k)
+    logprobs, ranks, top_ids, top_logprobs = token_logprobs(logits, tokens, k)
     exact = logits.double().log_softmax(dim=-1)
     torch.testing.assert_close(logprobs.double(), exact.gather(1, tokens[:, None])[:, 0], rtol=1e-6, atol=2e-6)
     assert torch.equal(ranks, (logits > logits.gather(1, tokens[:, None])).sum(1) + 1)
