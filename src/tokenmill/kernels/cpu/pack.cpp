@@ -181,7 +181,8 @@ struct Rounding {
 
     Nearest operator()(F x) const {
         const F target = fma(x, inverse, b);
-        const F below = clamp(floor((target + set(kFloor)) * per_step), 0, kLevels), above = min(set(kLevels), below + set(1.0f));
+        const F below = clamp(floor((target + set(kFloor)) * per_step), 0, kLevels);
+        const F above = min(set(kLevels), below + set(1.0f));
         const F low = floor(below * step), high = floor(above * step);
         const F error_below = abs(target - low), error_above = abs(target - high);
         return {choose_less(error_above, error_below, above, below),
@@ -258,8 +259,7 @@ void put_int4(const float* x, const float* importance, const Weight& w, int pane
         }
         return group;
     };
-    F bad = zero(), scale = zero();
-    for (int i = 0; i < w.depth; ++i) bad = fma(load(x + kLanes * i), zero(), bad);  // NaN where not all is finite
+    F scale = zero();
     for (int index = 0; index < groups; ++index) {
         levels[index] = best_levels(group_at(index), symmetric);
         const F low = levels[index].low, step = levels[index].step;
@@ -286,7 +286,7 @@ void put_int4(const float* x, const float* importance, const Weight& w, int pane
     }
     // The scale that fits the whole numbers of a row best.
     const F fitted = choose_less(zero(), length, along / length, scale);
-    store(w.scales + panel * kPanel + first, fitted + bad);
+    store(w.scales + panel * kPanel + first, fitted);
     put_nibbles(q, w, panel, first);
 }
 
@@ -315,13 +315,22 @@ void pack(const Matrix& from, const float* importance, const Weight& to) {
         auto* row_of_x = x + tile;
         auto* counts = row_of_x + length;
         auto* q = reinterpret_cast<std::int32_t*>(counts + length);
+        bool spoiled[kLanes];
         for (int i = 0; i < length; ++i) counts[i] = importance != nullptr && i < to.depth ? importance[i] : 1.0f;
         for (int lane = 0; lane < kPanel; ++lane) {
             const int row = row_of(to, panel, lane);
             if (row >= 0) read_row(from, row, to, row_of_x);
             if (to.format == Format::int4) {
-                for (int i = 0; i < length; ++i) x[kLanes * i + lane % kLanes] = row < 0 ? 0.0f : row_of_x[i];
-                if (lane % kLanes == kLanes - 1) put_int4(x, counts, to, panel, lane + 1 - kLanes, levels, q);
+                const int column = lane % kLanes;
+                const bool usable = row >= 0 && finite(row_of_x, length);
+                spoiled[column] = row >= 0 && !usable;
+                for (int i = 0; i < length; ++i) x[kLanes * i + column] = usable ? row_of_x[i] : 0.0f;
+                if (column < kLanes - 1) continue;
+                const int first = lane - column;
+                put_int4(x, counts, to, panel, first, levels, q);
+                for (int i = 0; i < kLanes; ++i) {
+                    if (spoiled[i]) to.scales[panel * kPanel + first + i] = NAN;
+                }
             } else if (row < 0) {
                 put_padding(to, panel, lane);
             } else if (to.format == Format::int8) {
