@@ -112,7 +112,7 @@ class Checkpoint:
 
     def _quantized(self, place: _Place) -> Quantized:
         assert place.scheme is not None
-        tensors = {name.rpartition(".")[2]: self._tensor(name).to(self.device) for name in place.names}
+        tensors = {name.rpartition(".")[2]: self._tensor(name).to(self.device, copy=True) for name in place.names}
         return read_linear(place.scheme, tensors, place.shape, place.name)
 
     def _rounded(self, place: _Place, format: Format) -> Iterator[Quantized]:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from tokenmill.errors import ConfigError, ModelError
 from tokenmill.models import checkpoint, loader
-from tokenmill.models.spec import is_norm, weight_shapes
+from tokenmill.models.spec import is_norm, weight_bytes, weight_shapes
 from tokenmill.quant.formats.int4 import FORMAT as INT4
 from tokenmill.quant.weight import Quantized, linear
+from tokenmill.testing import random_model
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -122,6 +123,24 @@ def test_a_quantized_checkpoint_computes_with_its_own_numbers(tmp_path: Path, bl
     exact = linear(x.float(), Quantized(stored["lm_head.weight"], scale, 64))
     found = model.logits(x)
     assert torch.equal(found, exact if model.native else exact.bfloat16().float())
+
+
+def test_packed_weights_take_no_more_than_their_bits(tmp_path: Path) -> None:
+    """A table that is embedding and head is there once. Sizes are whole panels, so that nothing is filled up."""
+    folder = random_model(tmp_path, vocab_size=288, hidden_size=64, intermediate_size=96)
+    bf16, int8, int4 = (
+        loader.load(folder, "bfloat16", quantize=each, block_size=16) for each in ("none", "int8", "int4")
+    )
+    if not bf16.native:
+        pytest.skip("the native kernels are not built")
+    shapes = weight_shapes(bf16.spec)
+    norms = sum(4 * torch.Size(shape).numel() for name, shape in shapes.items() if is_norm(name))
+    matrices = {name: shape for name, shape in shapes.items() if not is_norm(name)}
+    eight = {name: shape[0] * (shape[1] + 4) for name, shape in matrices.items()}
+    four = {name: shape[0] * (shape[1] // 2 + 2 * shape[1] // 32 + 4) for name, shape in matrices.items()}
+    assert bf16.weight_bytes == weight_bytes(bf16.spec, 2)
+    assert int8.weight_bytes == norms + sum(eight.values())
+    assert int4.weight_bytes == norms + sum((four | {"embedding": eight["embedding"]}).values())
 
 
 def test_a_format_that_there_is_not(tmp_path: Path) -> None:

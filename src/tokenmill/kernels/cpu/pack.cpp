@@ -82,6 +82,35 @@ void put_int8(const float* x, const Weight& w, int panel, int lane) {
     }
 }
 
+// Lanes of padding keep the zeros of their scale; bytes that stand for w = 0 are 128 in int8.
+void put_padding(const Weight& w, int panel, int lane) {
+    if (w.format != Format::int8) return;
+    auto* out = static_cast<std::uint8_t*>(w.data) + std::int64_t{panel} * w.depth * kPanel + 4 * lane;
+    for (int i = 0; i < w.depth; i += 4, out += 4 * kPanel) std::memset(out, 128, 4);
+}
+
+// bf16 or int8; x is room for a row, with padding.
+void put_panel(const Matrix& from, const Weight& w, int panel, float* x) {
+    const bool whole = row_of(w, panel, kPanel - 1) >= 0;
+    if (w.format == Format::bf16 && !from.is_float && whole && w.k == w.depth) {
+        put_bf16_panel(from, w, panel);
+        return;
+    }
+    for (int lane = 0; lane < kPanel; ++lane) {
+        const int row = row_of(w, panel, lane);
+        if (row < 0) {
+            put_padding(w, panel, lane);
+            continue;
+        }
+        read_row(from, row, w, x);
+        if (w.format == Format::int8) {
+            put_int8(x, w, panel, lane);
+        } else {
+            put_bf16(x, w, panel, lane);
+        }
+    }
+}
+
 // ---- int4 ----
 //
 // Sixteen outputs at a time, one to a lane, so that all that is particular to a group of inputs is a vector. The search
@@ -181,7 +210,8 @@ struct Rounding {
 
     Nearest operator()(F x) const {
         const F target = fma(x, inverse, b);
-        const F below = clamp(floor((target + set(kFloor)) * per_step), 0, kLevels), above = min(set(kLevels), below + set(1.0f));
+        const F below = clamp(floor((target + set(kFloor)) * per_step), 0, kLevels);
+        const F above = min(set(kLevels), below + set(1.0f));
         const F low = floor(below * step), high = floor(above * step);
         const F error_below = abs(target - low), error_above = abs(target - high);
         return {choose_less(error_above, error_below, above, below),
@@ -244,9 +274,41 @@ void put_bytes(F values, std::uint8_t* out) {
     for (int lane = 0; lane < kLanes; ++lane) out[lane] = static_cast<std::uint8_t>(whole[lane]);
 }
 
-// Sixteen outputs x[depth][16] from lane `first` on. `levels` is room for those of all groups, q for [depth][16].
-void put_int4(const float* x, const float* importance, const Weight& w, int panel, int first, Levels* levels,
-              std::int32_t* q) {
+// Sixteen rows from lane `first` on as x[depth][16], a few inputs at a time so that the lanes meet in the cache. Rows
+// that are not there or not finite become zeros; returned is what their scales become instead, 0 for all others.
+F read_tile(const Matrix& from, const Weight& w, int panel, int first, float* x) {
+    constexpr int kInputs = 64;
+    for (int start = 0; start < w.depth; start += kInputs) {
+        const int stop = start + kInputs < w.depth ? start + kInputs : w.depth;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int row = row_of(w, panel, first + lane), end = stop < w.k ? stop : w.k;
+            if (row < 0) {
+                for (int i = start; i < stop; ++i) x[kLanes * i + lane] = 0.0f;
+            } else if (from.is_float) {
+                const float* in = static_cast<const float*>(row_at(from, row));
+                for (int i = start; i < end; ++i) x[kLanes * i + lane] = in[i];
+            } else {
+                const bf16* in = static_cast<const bf16*>(row_at(from, row));
+                for (int i = start; i < end; ++i) x[kLanes * i + lane] = to_float(in[i]);
+            }
+        }
+    }
+    for (int i = w.k * kLanes; i < w.depth * kLanes; ++i) x[i] = 0.0f;
+    F bad = zero();
+    for (int i = 0; i < w.depth; ++i) bad = fma(load(x + kLanes * i), zero(), bad);
+    float spoiled[kLanes];
+    store(spoiled, bad);
+    for (int lane = 0; lane < kLanes; ++lane) {
+        if (spoiled[lane] == 0.0f) continue;
+        for (int i = 0; i < w.depth; ++i) x[kLanes * i + lane] = 0.0f;
+    }
+    return bad;
+}
+
+// Sixteen outputs from lane `first` on. There is room for x[depth][16], q[depth][16] and the levels of all groups.
+void put_int4(const Matrix& from, const float* importance, const Weight& w, int panel, int first, Levels* levels,
+              float* x, std::int32_t* q) {
+    const F bad = read_tile(from, w, panel, first, x);
     const bool symmetric = w.offsets == nullptr;
     const int groups = w.depth / w.group;
     const auto group_at = [&](int index) {
@@ -258,8 +320,7 @@ void put_int4(const float* x, const float* importance, const Weight& w, int pane
         }
         return group;
     };
-    F bad = zero(), scale = zero();
-    for (int i = 0; i < w.depth; ++i) bad = fma(load(x + kLanes * i), zero(), bad);  // NaN where not all is finite
+    F scale = zero();
     for (int index = 0; index < groups; ++index) {
         levels[index] = best_levels(group_at(index), symmetric);
         const F low = levels[index].low, step = levels[index].step;
@@ -290,13 +351,6 @@ void put_int4(const float* x, const float* importance, const Weight& w, int pane
     put_nibbles(q, w, panel, first);
 }
 
-// Lanes of padding keep the zeros of their scale; bytes that stand for w = 0 are 128 in int8.
-void put_padding(const Weight& w, int panel, int lane) {
-    if (w.format != Format::int8) return;
-    auto* out = static_cast<std::uint8_t*>(w.data) + std::int64_t{panel} * w.depth * kPanel + 4 * lane;
-    for (int i = 0; i < w.depth; i += 4, out += 4 * kPanel) std::memset(out, 128, 4);
-}
-
 }  // namespace
 
 void pack(const Matrix& from, const float* importance, const Weight& to) {
@@ -304,32 +358,17 @@ void pack(const Matrix& from, const float* importance, const Weight& to) {
     const std::size_t tile = static_cast<std::size_t>(length) * kLanes;
     const std::size_t groups = to.format == Format::int4 ? to.depth / to.group : 0;
     parallel(to.panels, [&](int panel, int thread) {
-        const bool whole = row_of(to, panel, kPanel - 1) >= 0;
-        if (to.format == Format::bf16 && !from.is_float && whole && to.k == to.depth) {
-            put_bf16_panel(from, to, panel);
+        if (to.format != Format::int4) {
+            put_panel(from, to, panel, static_cast<float*>(scratch(thread, length * sizeof(float))));
             return;
         }
-        auto* levels = static_cast<Levels*>(
-            scratch(thread, groups * sizeof(Levels) + (2 * tile + 2 * length) * sizeof(float)));
+        const std::size_t bytes = groups * sizeof(Levels) + (2 * tile + length) * sizeof(float);
+        auto* levels = static_cast<Levels*>(scratch(thread, bytes));
         auto* x = reinterpret_cast<float*>(levels + groups);
-        auto* row_of_x = x + tile;
-        auto* counts = row_of_x + length;
+        auto* counts = x + tile;
         auto* q = reinterpret_cast<std::int32_t*>(counts + length);
         for (int i = 0; i < length; ++i) counts[i] = importance != nullptr && i < to.depth ? importance[i] : 1.0f;
-        for (int lane = 0; lane < kPanel; ++lane) {
-            const int row = row_of(to, panel, lane);
-            if (row >= 0) read_row(from, row, to, row_of_x);
-            if (to.format == Format::int4) {
-                for (int i = 0; i < length; ++i) x[kLanes * i + lane % kLanes] = row < 0 ? 0.0f : row_of_x[i];
-                if (lane % kLanes == kLanes - 1) put_int4(x, counts, to, panel, lane + 1 - kLanes, levels, q);
-            } else if (row < 0) {
-                put_padding(to, panel, lane);
-            } else if (to.format == Format::int8) {
-                put_int8(row_of_x, to, panel, lane);
-            } else {
-                put_bf16(row_of_x, to, panel, lane);
-            }
-        }
+        for (int first = 0; first < kPanel; first += kLanes) put_int4(from, counts, to, panel, first, levels, x, q);
     });
 }
 
