@@ -92,7 +92,7 @@ def quantize(
         folder.mkdir()
         target = Target(folder, len(spec.layers) + 1)
         outcome = _Run(
-            _Model(family, spec, source, resolve_dtype(path, "auto")), target, scheme, rounding, progress
+            _Model(family, spec, source, resolve_dtype(config, "auto")), target, scheme, rounding, progress
         ).all(windows if rounding.calibrated else ())
         target.close()
         _copy_files(path, folder)
