@@ -144,12 +144,13 @@ class ByTiles {
 
   private:
     static constexpr int kEdges = 2;
-    static constexpr int kAhead = 4;  // groups
+    static constexpr int kAhead = 8;  // groups
 
     void score(const Span& span);
     void weigh(const Span& span, int row, float& largest, float& total) const;
     void add_weighted_values(const Span& span, const Partial& to);
-    void add_values(int first_row, int rows, int begin, int end, const bf16* const* values, float* out);
+    void add_values(const Span& span, int first_row, int rows, int begin, int end, const bf16* const* values, float* out);
+    void ask_ahead(const Span& span, int piece) const;
     const bf16* only(Seen seen, int group, const bf16* values, bf16* edge) const;
 
     int width_;
@@ -159,6 +160,29 @@ class ByTiles {
     Tiles tiles_;
 };
 
+// Asks for a part of what is read some groups after number `piece` of the span's keys and then values, a line of each of
+// several groups in turn: memory has many rows open at once.
+[[gnu::always_inline]] inline void ByTiles::ask_ahead(const Span& span, int piece) const {
+    const int count = span.end - span.begin, batch = (piece / kAhead + 1) * kAhead;
+    const bf16* from[kAhead];
+    int stride[kAhead];
+    for (int one = 0; one < kAhead; ++one) {
+        const int then = batch + one;
+        stride[one] = then < count || then >= 2 * count ? 2 * span.size : 32;
+        if (then < count) {
+            from[one] = span.keys[span.begin + then];
+        } else if (then < 2 * count) {
+            from[one] = span.values[span.begin + then - count];
+        } else {
+            from[one] = span.after[std::min(then - 2 * count, kBeyond - 1)];
+        }
+    }
+    const int lines = width_ / 2 / kAhead, first = piece % kAhead * lines;
+    for (int line = first; line < first + lines; ++line) {
+        for (int one = 0; one < kAhead; ++one) prefetch_far(from[one] + line * stride[one]);
+    }
+}
+
 inline void ByTiles::score(const Span& span) {
     const int depth = width_ % 32 == 0 ? 16 : 8;
     const Products products{tiles_, span.rows, depth, width_ / (2 * depth), q_, 2 * width_, 4 * depth};
@@ -166,6 +190,9 @@ inline void ByTiles::score(const Span& span) {
     for (int group = span.begin / together * together; group < span.end; group += together) {
         float* out[4];
         for (int strip = 0; strip < 4; ++strip) out[strip] = scores_ + (group + strip) * kGroup;
+        for (int one = std::max(group, span.begin); one < std::min(group + together, span.end); ++one) {
+            ask_ahead(span, one - span.begin);
+        }
         products.run([&](int strip, int step) { return span.keys[group + strip] + step * depth * 2 * span.size; },
                      4 * span.size, out, kScoreStride);
     }
@@ -213,7 +240,7 @@ inline void ByTiles::add_weighted_values(const Span& span, const Partial& to) {
         const bool by_all = from >= last.low && from + kGroup <= first.high;
         if (!by_all && span.rows > 1 && !finite(values[group], kGroup * width_)) clean = false;
     }
-    if (clean) return add_values(0, span.rows, begin, span.end, values, to.values);
+    if (clean) return add_values(span, 0, span.rows, begin, span.end, values, to.values);
     for (int row = 0; row < span.rows; ++row) {
         const Seen seen = span.seen[row];
         float* out = to.values + row * width_;
@@ -225,7 +252,7 @@ inline void ByTiles::add_weighted_values(const Span& span, const Partial& to) {
         std::copy(span.values, span.values + kGroups + kBeyond, values);
         values[from] = only(seen, from, values[from], edges_);
         if (until - 1 > from) values[until - 1] = only(seen, until - 1, values[until - 1], edges_ + kGroup * width_);
-        add_values(row, 1, from, until, values, out);
+        add_values(span, row, 1, from, until, values, out);
     }
 }
 
@@ -244,7 +271,7 @@ inline const bf16* ByTiles::only(Seen seen, int group, const bf16* values, bf16*
 }
 
 // out[r] = the sum of weights[first_row + r] * values over the groups of [begin, end).
-inline void ByTiles::add_values(int first_row, int rows, int begin, int end, const bf16* const* values,
+inline void ByTiles::add_values(const Span& span, int first_row, int rows, int begin, int end, const bf16* const* values,
                                 float* out) {
     const bf16* weights = reinterpret_cast<const bf16*>(scores_) + first_row * kWeightStride + begin * kGroup;
     // A group is half as deep as a tile may be, but the next one may lie anywhere.
@@ -257,8 +284,12 @@ inline void ByTiles::add_values(int first_row, int rows, int begin, int end, con
             column[one] = 16 * std::min(strip + one, strips - 1);  // what is too much computes the last once more
             to[one] = out + column[one];
         }
-        products.run([&](int one, int step) { return values[begin + step] + 2 * column[one]; }, 4 * width_, to,
-                     width_);
+        products.run(
+            [&](int one, int step) {
+                if (one == 0 && strip == 0) ask_ahead(span, span.end - 2 * span.begin + begin + step);
+                return values[begin + step] + 2 * column[one];
+            },
+            4 * width_, to, width_);
     }
 }
 
