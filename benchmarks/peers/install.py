@@ -40,6 +40,10 @@ UNWANTED = {"openvino": "torchvision"}
 LLAMA_CPP = "llama_cpp_python==0.3.36"
 """The source package that has llama.cpp in it."""
 
+KEEP_STORES = "-fno-tree-dse -fno-dse"
+"""GCC 12's _tile_loadconfig says that it reads 8 bytes of the 64, so the optimizer drops the stores to the others, and
+llama.cpp's AMX kernels end in a fault."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -100,6 +104,7 @@ def build_llama_cpp(root: Path, source: Path) -> None:
     subprocess.run(
         [
             cmake, "-S", source, "-B", build, "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON",
+            f"-DCMAKE_CXX_FLAGS={KEEP_STORES}",
             *(f"-DLLAMA_{name}=OFF" for name in options),
         ],
         check=True,

@@ -5,7 +5,7 @@
 
 Peers must have been set up by install.py. All of them are loaded at once; each stands still while another is measured.
 Before every measurement the machine's read bandwidth and peak rates are read. Results, with all samples, are written to
-benchmarks/results/peers_PRECISION.json after every round, so that --resume goes on where a run was ended.
+benchmarks/results/peers_PRECISION.json after every measurement, so that --resume goes on where a run was ended.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -147,8 +148,8 @@ def measure_model(
                     if peer in drivers and repeat in run.left(workload, peer):
                         driver = drivers[peer]
                         attempt(peer, lambda driver=driver: measure(run, workload, repeat, driver, ceilings))
+                        save()
                     progress.advance(task)
-                save()
     finally:
         for driver in (ceilings, *drivers.values()):
             driver.stop()
@@ -245,6 +246,8 @@ def main() -> None:
         RESULTS.mkdir(exist_ok=True)
         file.write_text(json.dumps(result(run), indent=1) + "\n")
 
+    # Ended from outside, it still has to end the peers, which would stand still for ever.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with Progress(console=Console(stderr=True)) as progress:
         for model in (QWEN3, DEMO):
             chosen = [workload for workload in workloads if workload.model == model]
