@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tokenmill import __version__
 from tokenmill.device import machine
 from tokenmill.testing import random_model
 
@@ -58,13 +59,13 @@ def manifest() -> dict[str, Any]:
     """What a result was measured on and with."""
     facts = machine()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    packages = ("tokenmill", "torch", "transformers", "numpy")
+    packages = ("torch", "transformers", "numpy")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": " ".join(["python", *sys.argv]),
         "commit": commit.stdout.strip(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {"tokenmill": __version__} | {name: version(name) for name in packages},
         "processor": facts.processor,
         "cores": facts.cores,
         "memory_gib": round(facts.memory_bytes / 2**30, 1),
