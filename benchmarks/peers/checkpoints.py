@@ -55,7 +55,9 @@ def compressed_tensors(source: Path, target: Path, precision: str) -> None:
             groups = weight.float().view(rows, columns // GROUP, GROUP)
             scale = groups.abs().amax(2, keepdim=True) / 7
             nibbles = ((groups / scale).round().clamp(-8, 7) + 8).to(torch.int32).view(rows, columns // 8, 8)
-            stored[stem + "weight_packed"] = sum(nibbles[:, :, index] << 4 * index for index in range(8)).to(torch.int32)
+            stored[stem + "weight_packed"] = sum(nibbles[:, :, index] << 4 * index for index in range(8)).to(
+                torch.int32
+            )
             stored[stem + "weight_shape"] = torch.tensor([rows, columns])
             scale = scale[..., 0]
         stored[stem + "weight_scale"] = scale.bfloat16()
@@ -87,7 +89,11 @@ def _quantization_config(precision: str) -> dict[str, Any]:
 
 def openvino(python: Path, source: Path, target: Path, precision: str) -> None:
     """An OpenVINO export by optimum-intel; embedding and head in int8 where the layers are in int4."""
-    options = {"bf16": ["fp16"], "int8": ["int8"], "int4": ["int4", "--group-size", str(GROUP), "--ratio", "1.0", "--sym"]}
+    options = {
+        "bf16": ["fp16"],
+        "int8": ["int8"],
+        "int4": ["int4", "--group-size", str(GROUP), "--ratio", "1.0", "--sym"],
+    }
     subprocess.run(
         [
             python.parent / "optimum-cli", "export", "openvino", "--model", source,
@@ -111,7 +117,8 @@ def gguf(llama_cpp: Path, tools: Path, source: Path, target: Path, base: Path) -
     if target != base:
         kind = target.stem
         subprocess.run(
-            [tools / "llama-quantize", "--token-embedding-type", kind.removesuffix("_M"), base, target, kind], check=True
+            [tools / "llama-quantize", "--token-embedding-type", kind.removesuffix("_M"), base, target, kind],
+            check=True,
         )
 
 

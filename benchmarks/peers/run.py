@@ -173,7 +173,6 @@ def result(run: Run) -> dict[str, Any]:
             "kv_gib": KV_GIB,
             "instruction_sets": machine.instruction_sets,
             "peers": run.versions,
-            "note": "vLLM and OpenVINO use AMX where the machine has it; the peak readings are of AVX-512 dot products.",
         },
         "workloads": {name: WORKLOADS[name].title for name in figures if name in WORKLOADS},
         "left out": run.left_out,

@@ -24,7 +24,9 @@ def summary(samples: Iterable[Sample]) -> dict[str, dict[str, dict[str, dict[str
     values: dict[str, dict[str, dict[str, list[float]]]] = {}
     for sample in samples:
         for metric, figure in sample["figures"].items():
-            values.setdefault(sample["workload"], {}).setdefault(metric, {}).setdefault(sample["peer"], []).append(figure)
+            values.setdefault(sample["workload"], {}).setdefault(metric, {}).setdefault(sample["peer"], []).append(
+                figure
+            )
     return {
         workload: {
             metric: {peer: spread(figures) for peer, figures in peers.items()} for metric, peers in metrics.items()

@@ -1,7 +1,7 @@
 """Not an engine: reads what this machine can do right now, on request, through tokenmill's own loops.
 
-The answer's `first` holds bytes read per second, bf16 and int8 operations per second (AVX-512 dot products; AMX is not
-measured), each the best of three short tries. A process of its own, so that its memory and threads are not the
+The answer's `first` holds bytes read per second, bf16 and int8 operations per second by the fastest instructions that the
+kernels use here, each the best of three short tries. A process of its own, so that its memory and threads are not the
 measuring process's.
 """
 
@@ -17,7 +17,7 @@ from drivers import protocol
 from tokenmill.kernels.cpu import _native
 
 READ_BYTES = 1 << 30
-ROUNDS = 400_000
+ROUNDS = 200_000
 
 
 class Ceilings:
@@ -26,8 +26,6 @@ class Ceilings:
     def __init__(self, settings: protocol.Settings) -> None:
         _native.set_thread_count(settings.threads)
         self._memory = np.ones(READ_BYTES, dtype=np.uint8)
-        self._lanes = 24 * 16 * settings.threads
-        """Products per round of the peak loops: accumulators by width by threads."""
         self.versions = {"isa": _native.isa()}
 
     def prepare(self, shape: protocol.Shape) -> None:
@@ -36,8 +34,8 @@ class Ceilings:
     def serve(self, requests: list[protocol.Request]) -> protocol.Served:
         began = time.perf_counter()
         read = READ_BYTES / least_seconds(lambda: _native.read_memory(self._memory.ctypes.data, READ_BYTES))
-        bf16 = ROUNDS * self._lanes * 4 / least_seconds(lambda: _native.peak_bf16(ROUNDS))
-        int8 = ROUNDS * self._lanes * 8 / least_seconds(lambda: _native.peak_int8(ROUNDS))
+        bf16 = ROUNDS * _native.peak_bf16(1) / least_seconds(lambda: _native.peak_bf16(ROUNDS))
+        int8 = ROUNDS * _native.peak_int8(1) / least_seconds(lambda: _native.peak_int8(ROUNDS))
         return protocol.Served(time.perf_counter() - began, [read, bf16, int8], [])
 
 
