@@ -35,7 +35,7 @@ def hugging_face(root: Path, model: str) -> Path:
 def model(root: Path, name: str, peer: str, precision: str) -> Path | None:
     """The model in the peer's own form, None if the peer has no such precision."""
     folder = root / "models" / name
-    if peer == "tokenmill" or precision == "bf16" and peer in ("transformers", "vllm"):
+    if peer == "tokenmill" or (precision == "bf16" and peer in ("transformers", "vllm")):
         return hugging_face(root, name)
     if peer == "llamacpp":
         return folder / f"{_GGUF[precision]}.gguf"

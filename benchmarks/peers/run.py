@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def measure_model(
     try:
         for peer in peers:
             progress.update(task, description=f"{model}: starting {peer}")
-            attempt(peer, lambda peer=peer: cold(run, peer, model, ceilings))
+            attempt(peer, partial(cold, run, peer, model, ceilings))
             progress.advance(task)
         for workload in workloads:
             for repeat in range(run.repeats):
@@ -146,8 +147,7 @@ def measure_model(
                     peer = peers[(repeat + turn) % len(peers)]  # nobody is always the first
                     progress.update(task, description=f"{workload.name}: {peer}")
                     if peer in drivers and repeat in run.left(workload, peer):
-                        driver = drivers[peer]
-                        attempt(peer, lambda driver=driver: measure(run, workload, repeat, driver, ceilings))
+                        attempt(peer, partial(measure, run, workload, repeat, drivers[peer], ceilings))
                         save()
                     progress.advance(task)
     finally:

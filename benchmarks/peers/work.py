@@ -1,5 +1,5 @@
-"""The workloads: token ids, the same for every peer and different in every repeat, so that only what a workload means to
-share is found in a prefix cache."""
+"""The workloads: token ids, the same for every peer and different in every repeat, so that only what a workload means
+to share is found in a prefix cache."""
 
 from __future__ import annotations
 
