@@ -1,8 +1,8 @@
 """Not an engine: reads what this machine can do right now, on request, through tokenmill's own loops.
 
 The answer's `first` holds bytes read per second, bf16 and int8 operations per second by the fastest instructions that
-the kernels use here, each the best of three short tries. A process of its own, so that its memory and threads are not the
-measuring process's.
+the kernels use here, each the best of three short tries. A process of its own, so that its memory and threads are not
+the measuring process's.
 """
 
 from __future__ import annotations
