@@ -26,7 +26,7 @@ class Tokenmill:
                 "threads": settings.threads,
             },
             "cache": {"memory_gib": settings.kv_gib},
-            "scheduler": {"max_num_seqs": settings.max_requests},
+            "scheduler": {"max_num_seqs": settings.max_requests, "max_num_batched_tokens": 2048},
         }
         self._llm = LLM(config=build(EngineConfig, options))
         self.versions = {"tokenmill": __version__, "torch": version("torch")}
