@@ -265,6 +265,14 @@ void put_some(T* out, F value, int count) {
     for (int i = 0; i < count; ++i) out[i] = lanes[i];
 }
 
+// Sums of a few rows and panels: row r of panel p begins at data + r * row + p * panel.
+struct Sums {
+    float* data;
+    int row, panel;
+
+    float* at(int r, int column) const { return data + r * row + column / kPanel * panel + column % kPanel; }
+};
+
 // Where the results of some panels go.
 struct Output {
     const Weight& w;
@@ -285,19 +293,19 @@ struct Output {
         }
     }
 
-    // `sums` holds what came out for `count` rows, `width` from row to row.
-    void finish(int panel, int panels, int row, int count, const float* sums, int width) const {
+    // What came out for `count` rows.
+    void finish(int panel, int panels, int row, int count, const Sums& sums) const {
         switch (epilogue) {
             case Epilogue::bf16:
-                return each<bf16, 0>(panel, panels, row, count, sums, width, [](F y, F, F) { return y; });
+                return each<bf16, 0>(panel, panels, row, count, sums, [](F y, F, F) { return y; });
             case Epilogue::f32:
-                return each<float, 0>(panel, panels, row, count, sums, width, [](F y, F, F) { return y; });
+                return each<float, 0>(panel, panels, row, count, sums, [](F y, F, F) { return y; });
             case Epilogue::add_bf16:
-                return each<bf16, 1>(panel, panels, row, count, sums, width, [](F y, F, F was) { return was + y; });
+                return each<bf16, 1>(panel, panels, row, count, sums, [](F y, F, F was) { return was + y; });
             case Epilogue::silu_gated:
-                return each<bf16, 2>(panel, panels, row, count, sums, width, [](F y, F up, F) { return silu(y) * up; });
+                return each<bf16, 2>(panel, panels, row, count, sums, [](F y, F up, F) { return silu(y) * up; });
             case Epilogue::gelu_gated:
-                return each<bf16, 2>(panel, panels, row, count, sums, width, [](F y, F up, F) { return gelu(y) * up; });
+                return each<bf16, 2>(panel, panels, row, count, sums, [](F y, F up, F) { return gelu(y) * up; });
         }
     }
 
@@ -305,14 +313,14 @@ struct Output {
     // `operands`: 0 for the result alone, 1 with what is there already, 2 with that of up. Row by row: rows are apart by
     // what maps them to the same lines of the cache.
     template <class T, int operands, class Fn>
-    void each(int panel, int panels, int row, int count, const float* sums, int width, Fn&& fn) const {
+    void each(int panel, int panels, int row, int count, const Sums& sums, Fn&& fn) const {
         const int first = first_column(panel), here = (operands == 2 ? w.n / 2 : w.n) - first;
         const int all = columns(panels) < here ? columns(panels) : here;
         const float* bias = w.bias == nullptr ? nullptr : w.bias + panel * kPanel;
         T* to = static_cast<T*>(out) + row * stride + first;
-        for (int r = 0; r < count; ++r, to += stride, sums += width) {
+        for (int r = 0; r < count; ++r, to += stride) {
             const auto value = [&](int i) {
-                const F y = load(sums + i);
+                const F y = load(sums.at(r, i));
                 return bias == nullptr ? y : y + load(bias + i);
             };
             for (int place = 0; place < all; place += 16) {
@@ -361,7 +369,7 @@ struct Unit {
             const int row = begin + static_cast<int>(std::int64_t{end - begin} * block / blocks);
             const int count = begin + static_cast<int>(std::int64_t{end - begin} * (block + 1) / blocks) - row;
             Block{w, rows, as_int8, first_panel, panels, row, ahead}.run(count, tile);
-            output.finish(first_panel, panels, row, count, &tile[0][0], kUnit * kPanel);
+            output.finish(first_panel, panels, row, count, {&tile[0][0], kUnit * kPanel, kPanel});
         }
     }
 
@@ -393,13 +401,13 @@ struct Unit {
                         4 * steps.depth, upper, upper * rows.stride, count, steps, steps.count, false, ahead, nullptr, 0}
                 .run(tiles, w.format, sums + one * kPanel, panels * kPanel);
         }
-        finish(begin, count, sums);
+        finish(begin, count, {sums, panels * kPanel, kPanel});
     }
 
     void many_rows(Tiles& tiles, const char* data, std::int64_t size, float* sums) const {
         const TileSteps steps(w);
         const int all = row_blocks(rows.count), first = begin / kBlockRows, blocks = row_blocks(end - begin);
-        const int width = panels * kPanel;
+        constexpr int of_panel = kBlockRows * kPanel;
         // All steps together ask for the panels of the next unit, evenly.
         const std::int64_t pace = panel_size() / (std::int64_t{blocks} * steps.count);
         const char* later = panel(first_panel + panels);
@@ -411,12 +419,12 @@ struct Unit {
                 for (int block = 0; block < blocks; ++block, later += pace * todo) {
                     const int row = begin + block * kBlockRows;
                     if (last && block + 1 < blocks) expect(row + kBlockRows);
-                    float* of_block = sums + std::int64_t{block} * kBlockRows * width;
+                    float* of_block = sums + std::int64_t{block} * panels * of_panel;
                     const char* x = static_cast<const char*>(rows.data) + tiles_at(steps, all, chunk, first + block);
                     TileProduct{false, part, 0, x, kTileBytes, 2 * kTile, kTileRows, kTile, kBlockRows, steps, todo,
                                 chunk > 0, 0, later, pace}
-                        .run(tiles, w.format, of_block + one * kPanel, width);
-                    if (last) finish(row, rows_of(row), of_block);
+                        .run(tiles, w.format, of_block + one * of_panel, kPanel);
+                    if (last) finish(row, rows_of(row), {of_block, kPanel, of_panel});
                 }
             }
         }
@@ -425,20 +433,20 @@ struct Unit {
     int rows_of(int row) const { return end - row < kBlockRows ? end - row : kBlockRows; }
     void expect(int row) const { output.expect(first_panel, panels, row, rows_of(row)); }
 
-    void finish(int row, int count, float* sums) const {
+    void finish(int row, int count, const Sums& sums) const {
         if (w.format != Format::bf16) scale_sums(row, count, sums);
-        output.finish(first_panel, panels, row, count, sums, panels * kPanel);
+        output.finish(first_panel, panels, row, count, sums);
     }
 
     // Integer sums become results in their place.
-    void scale_sums(int row, int count, float* sums) const {
-        const int width = panels * kPanel;
-        for (int r = 0; r < count; ++r, sums += width) {
+    void scale_sums(int row, int count, const Sums& sums) const {
+        for (int r = 0; r < count; ++r) {
             const F of_row = set(rows.scales[row + r]);
             const I surplus = iset(-128 * rows.sums[row + r]);
-            for (int i = 0; i < width; i += 16) {
+            for (int i = 0; i < panels * kPanel; i += 16) {
                 const F of_output = load(w.scales + first_panel * kPanel + i);
-                store(sums + i, to_float(load_bytes(sums + i) + surplus) * of_output * of_row);
+                float* place = sums.at(r, i);
+                store(place, to_float(load_bytes(place) + surplus) * of_output * of_row);
             }
         }
     }
