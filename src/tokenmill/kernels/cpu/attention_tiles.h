@@ -161,7 +161,7 @@ class ByTiles {
 };
 
 // Asks for a part of what is read some groups after number `piece` of the span's keys and then values, a line of each of
-// several groups in turn: memory has many rows open at once.
+// several groups in turn.
 [[gnu::always_inline]] inline void ByTiles::ask_ahead(const Span& span, int piece) const {
     const int count = span.end - span.begin, batch = (piece / kAhead + 1) * kAhead;
     const bf16* from[kAhead];

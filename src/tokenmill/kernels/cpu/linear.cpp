@@ -21,7 +21,7 @@ constexpr int kPanel = 32;
 constexpr int kMostRows = kRows > kThin ? kRows : kThin;
 constexpr int kTasks = 16;   // per thread, if there are enough panels: few enough that a task reads on and on
 #if defined(__AMX_TILE__)
-constexpr std::int64_t kNearRows = 1 << 20;  // bytes of rows for the tile unit before it turns to other panels
+constexpr std::int64_t kNearRows = 1 << 19;  // bytes of rows for the tile unit before it turns to other panels
 #endif
 constexpr int kNear = 4096;  // bytes to ask for ahead of time where weights come from memory and are used once
 

@@ -34,7 +34,10 @@ struct TileSteps {
         count = all / depth;
     }
     int chunks() const { return (count + kChunkSteps - 1) / kChunkSteps; }
-    int of_chunk(int chunk) const { return count - chunk * kChunkSteps < kChunkSteps ? count - chunk * kChunkSteps : kChunkSteps; }
+    int of_chunk(int chunk) const {
+        const int left = count - chunk * kChunkSteps;
+        return left < kChunkSteps ? left : kChunkSteps;
+    }
     std::int64_t row_bytes() const { return std::int64_t{count} * kTileBytes; }
 };
 

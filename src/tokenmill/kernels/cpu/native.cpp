@@ -38,7 +38,7 @@ NB_MODULE(_native, m) {
     m.def("isa", [chosen] { return chosen; }, "The instruction set that the kernels use.");
     m.def("thread_count", &thread_count, "Threads that take part in an operator, the calling one included.");
     m.def("set_thread_count", &set_thread_count, nb::arg("count"), nb::call_guard<nb::gil_scoped_release>());
-    m.def("keep_freed_memory", &keep_freed_memory, "Up to 256 MiB that is freed stays with the process, to be used again.");
+    m.def("keep_freed_memory", &keep_freed_memory, "Up to 256 MiB of freed memory stay with the process.");
     bind_attention(m);
     bind_ceilings(m);
     bind_linear(m);
