@@ -12,10 +12,10 @@ SOURCES := src tests examples benchmarks
 TORCH_INDEX := $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check bench
+.PHONY: help setup demo serve test check sanitize bench
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## make .venv with everything in it; runs by itself when needed
 
@@ -34,6 +34,9 @@ check: $(STAMP)  ## format, lint, types, import contracts, tests: what must pass
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+sanitize: $(STAMP)  ## run the tests of the native kernels under the address and undefined-behaviour sanitizers
+	@.ci/sanitize
 
 bench: $(STAMP)  ## measure: beside transformers, and batching modes beside each other; results in benchmarks/results
 	@$(BIN)/python benchmarks/against_transformers.py

@@ -1,10 +1,12 @@
 """The native linear layers beside what this machine can do, measured in the same run.
 
-    python benchmarks/kernels.py [--threads N] [--rows 1,6,32,256] [--json FILE]
+    python benchmarks/kernels.py [--threads N] [--rows 1,6,32,256] [--json FILE] [--plot FILE.svg]
 
-Each line gives the time of one product, the bytes of packed weights read and the operations done per second, and what
-part of the nearer ceiling that is: memory read or dot products, whichever allows less. Weights are cycled through more
-memory than caches hold. Times are medians; the ceilings are measured before and after, and the better reading counts.
+The plot (needs the extra `plot`) shows each product below the machine's roofline: operations per second over operations
+per byte of weights. Each line gives the time of one product, the bytes of packed weights read and the operations done
+per second, and what part of the nearer ceiling that is: memory read or dot products, whichever allows less. Weights are
+cycled through more memory than caches hold. Times are medians; the ceilings are measured before and after, and the
+better reading counts.
 """
 
 from __future__ import annotations
@@ -102,12 +104,43 @@ def measure(format: Format, inputs: int, outputs: int, rows: list[int]) -> list[
     return results
 
 
+def plot(results: list[Result], ceilings: Ceilings, title: str, file: Path) -> None:
+    """The roofline with each product as a dot, logarithmic both ways."""
+    try:
+        from matplotlib import pyplot
+    except ModuleNotFoundError:
+        raise SystemExit("--plot needs matplotlib: pip install 'tokenmill[plot]'") from None
+    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    intensities = [one.operations / one.bytes for one in results]
+    ends = [min(intensities) / 1.5, max(intensities) * 1.5]
+    for name, peak, style in (("int8 peak", ceilings.int8, "-"), ("bf16 peak", ceilings.bf16, "--")):
+        corner = peak / ceilings.read
+        line = [min(ends[0], corner), corner, max(ends[1], corner)]
+        axes.plot(line, [min(peak, x * ceilings.read) / 1e9 for x in line], style, color="0.5", zorder=1)
+        axes.annotate(f"{name} {peak / 1e9:,.0f} Gop/s", (ends[1], peak / 1e9), ha="right", va="bottom", color="0.35")
+    axes.annotate(
+        f"read {ceilings.read / 1e9:.0f} GB/s", (ends[0], ends[0] * ceilings.read / 1e9), ha="left", va="bottom",
+        color="0.35", xytext=(8, 10), textcoords="offset points",
+    )  # fmt: skip
+    for format, marker, colour in (("bf16", "o", "#1f77b4"), ("int8", "s", "#d95f02"), ("int4", "^", "#1b9e77")):
+        those = [one for one in results if one.format == format]
+        axes.scatter(
+            [one.operations / one.bytes for one in those], [one.operations / one.seconds / 1e9 for one in those],
+            marker=marker, color=colour, label=format, zorder=2,
+        )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte of weights", ylabel="Gop/s", title=title)
+    axes.grid(which="both", alpha=0.15)
+    axes.legend(loc="lower right")
+    figure.savefig(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     machine = device.machine()
     parser.add_argument("--threads", type=int, default=machine.cores)
     parser.add_argument("--rows", type=lambda text: [int(part) for part in text.split(",")], default=[1, 6, 32, 256])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     _native.set_thread_count(options.threads)
 
@@ -135,6 +168,8 @@ def main() -> None:
             f"Ceilings {name}: read {reading.read / 1e9:.1f} GB/s, bf16 {reading.bf16 / 1e9:.0f} and "
             f"int8 {reading.int8 / 1e9:.0f} G operations/s"
         )
+    if options.plot is not None:
+        plot(results, ceilings, f"Linear layers, {_native.isa()}, {options.threads} threads", options.plot)
     if options.json is not None:
         record = {
             "machine": dataclasses.asdict(machine),

@@ -1,0 +1,105 @@
+"""Paged attention beside what this machine can do, measured in the same run.
+
+    python benchmarks/attention.py [--threads N] [--json FILE]
+
+16 query heads, 8 KV heads, 128 wide, blocks of 16 tokens in random order, as in a model of Qwen3-0.6B's shape; 28 layers'
+worth of cache so that nothing is found in the processor's caches. Decode is held against the read bandwidth (bytes of keys
+and values), prefill against the bf16 peak (operations of what causality leaves). Times are medians of one layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from kernels import Ceilings, measure_ceilings, median_seconds
+from rich.console import Console
+from rich.table import Table
+
+from tokenmill import device
+from tokenmill.kernels.cpu import _native
+from tokenmill.kernels.cpu.attention_ops import PackedCache
+
+Q_HEADS, KV_HEADS, WIDTH, BLOCK = 16, 8, 128, 16
+LAYERS = 28
+SHAPES = ((1, 1, 1024), (1, 1, 8192), (8, 1, 200), (32, 1, 200), (16, 1, 1024), (1, 1024, 1024), (1, 512, 4096))
+"""Sequences, queries of each, and context of each, the queries included."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One layer's attention."""
+
+    sequences: int
+    queries: int
+    context: int
+    seconds: float
+
+    @property
+    def bytes(self) -> int:
+        """Of the keys and values that must be read."""
+        return self.sequences * self.context * KV_HEADS * WIDTH * 4
+
+    @property
+    def operations(self) -> int:
+        """Of both products, for what a query may see."""
+        seen = self.queries * self.context - self.queries * (self.queries - 1) // 2
+        return 4 * self.sequences * Q_HEADS * WIDTH * seen
+
+    def of_ceiling(self, ceilings: Ceilings) -> float:
+        """The time that the ceilings allow over the time it took."""
+        return max(self.bytes / ceilings.read, self.operations / ceilings.bf16) / self.seconds
+
+
+def measure(sequences: int, queries: int, context: int) -> Result:
+    blocks = -(-context // BLOCK)
+    shape = (1 + sequences * blocks, KV_HEADS, BLOCK, WIDTH)
+    layers = [PackedCache(torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16()) for _ in range(LAYERS)]
+    table = (1 + torch.randperm(sequences * blocks)).view(sequences, blocks).int()
+    q = torch.randn(sequences * queries, Q_HEADS, WIDTH).bfloat16()
+    starts = torch.arange(0, sequences * queries + 1, queries, dtype=torch.int32)
+    lengths = torch.full((sequences,), context, dtype=torch.int32)
+
+    def call() -> None:
+        for layer in layers:
+            layer.attend(q, table, starts, lengths, WIDTH**-0.5, None, None)
+
+    return Result(sequences, queries, context, median_seconds(call) / LAYERS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    machine = device.machine()
+    parser.add_argument("--threads", type=int, default=machine.cores)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    _native.set_thread_count(options.threads)
+    ceilings = measure_ceilings()
+    results = [measure(*shape) for shape in SHAPES]
+
+    table = Table(title=f"attention, {_native.isa()}, {options.threads} threads")
+    for heading in ("sequences", "queries", "context", "µs", "GB/s", "Gop/s", "of ceiling"):
+        table.add_column(heading, justify="right")
+    for one in results:
+        rates = (f"{one.bytes / one.seconds / 1e9:.1f}", f"{one.operations / one.seconds / 1e9:.0f}")
+        sizes = (str(one.sequences), str(one.queries), str(one.context), f"{one.seconds * 1e6:.0f}")
+        table.add_row(*sizes, *rates, f"{one.of_ceiling(ceilings):.0%}")
+    console = Console()
+    console.print(table)
+    console.print(f"Ceilings: read {ceilings.read / 1e9:.1f} GB/s, bf16 {ceilings.bf16 / 1e9:.0f} G operations/s")
+    if options.json is not None:
+        record = {
+            "machine": dataclasses.asdict(machine),
+            "isa": _native.isa(),
+            "threads": options.threads,
+            "ceilings": dataclasses.asdict(ceilings),
+            "results": [dataclasses.asdict(one) for one in results],
+        }
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
