@@ -2,9 +2,9 @@
 
     python benchmarks/attention.py [--threads N] [--json FILE]
 
-16 query heads, 8 KV heads, 128 wide, blocks of 16 tokens in random order, as in a model of Qwen3-0.6B's shape; 28 layers'
-worth of cache so that nothing is found in the processor's caches. Decode is held against the read bandwidth (bytes of keys
-and values), prefill against the bf16 peak (operations of what causality leaves). Times are medians of one layer.
+16 query heads, 8 KV heads, 128 wide, blocks of 16 tokens in random order, as in a model of Qwen3-0.6B's shape, and the
+cache of 28 layers, so that nothing is found in the processor's own. Decode is held against the read bandwidth (bytes of
+keys and values), prefill against the bf16 peak (operations of what causality leaves). Times are medians of one layer.
 """
 
 from __future__ import annotations
