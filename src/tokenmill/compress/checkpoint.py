@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenmill.errors import ModelError
-from tokenmill.models.folder import read_json
+from tokenmill.models.checkpoint import weight_files
 
 __all__ = ["Source", "Target", "opened"]
 
@@ -52,15 +52,8 @@ def opened(path: Path) -> Iterator[Source]:
     Raises:
         ModelError: ``checkpoint_mismatch`` when a file is missing.
     """
-    index = read_json(path / _INDEX)
-    names = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
     with ExitStack() as stack:
-        files = []
-        for name in names:
-            if not (path / name).is_file():
-                raise ModelError("checkpoint_mismatch", f"The weight file {name!r} is missing from {path}.", name)
-            files.append(stack.enter_context(safe_open(path / name, framework="pt")))
-        yield Source(files)
+        yield Source([stack.enter_context(safe_open(file, framework="pt")) for file in weight_files(path)])
 
 
 class Target:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from tokenmill.kernels.memory import zeros
 from tokenmill.models.spec import KVLayout
 
 __all__ = ["ForwardBatch", "KVCache"]
@@ -37,14 +36,6 @@ class ForwardBatch:
     """[R] int32: tokens of the sequence once this batch is computed."""
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that, on the CPU, take no memory before they are written: numpy asks the system for zeroed pages."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    count = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(count, np.uint8)).view(dtype).view(shape)
-
-
 class KVCache:
     """Keys and values of all layers: ``layout.buffers`` pairs of tensors that a block id indexes.
 
@@ -60,8 +51,15 @@ class KVCache:
     def __init__(self, layout: KVLayout, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         self.num_blocks = num_blocks
         shape = (num_blocks, layout.kv_heads, layout.block_size, layout.head_dim)
-        self.keys = [_zeros(shape, dtype, device) for _ in range(layout.buffers)]
-        self.values = [_zeros(shape, dtype, device) for _ in range(layout.buffers)]
+
+        def buffers() -> list[Tensor]:
+            on_cpu = device.type == "cpu"
+            return [
+                zeros(shape, dtype) if on_cpu else torch.zeros(shape, dtype=dtype, device=device)
+                for _ in range(layout.buffers)
+            ]
+
+        self.keys, self.values = buffers(), buffers()
         self._layers = {
             layer: (self.keys[buffer], self.values[buffer], group)
             for group, members in enumerate(layout.groups)
