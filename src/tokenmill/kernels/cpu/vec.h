@@ -50,8 +50,13 @@ inline void prefetch_to_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 struct F {
     __m512 v;
 };
+// Lanes of the type that the products of bytes have in the compiler: with any other it keeps sums in memory.
 struct I {
-    __m512i v;
+    __v16si lanes;
+
+    I() = default;
+    I(__m512i x) : lanes(reinterpret_cast<__v16si>(x)) {}
+    operator __m512i() const { return reinterpret_cast<__m512i>(lanes); }
 };
 
 inline F zero() { return {_mm512_setzero_ps()}; }
@@ -95,40 +100,40 @@ inline float largest(F a) { return _mm512_reduce_max_ps(a.v); }
 inline I izero() { return {_mm512_setzero_si512()}; }
 inline I iset(std::int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline I load(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }
-inline void store(std::int32_t* p, I a) { _mm512_storeu_si512(p, a.v); }
-inline I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
-inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline void store(std::int32_t* p, I a) { _mm512_storeu_si512(p, a); }
+inline I operator+(I a, I b) { return {_mm512_add_epi32(a, b)}; }
+inline F to_float(I a) { return {_mm512_cvtepi32_ps(a)}; }
 inline I to_int(F a) { return {_mm512_cvtps_epi32(a.v)}; }  // rounds to nearest even
 inline void store_int8(std::int8_t* p, I a) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a.v));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a));
 }
 
 inline I load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
-inline void store_bytes(void* p, I a) { _mm512_storeu_si512(p, a.v); }
+inline void store_bytes(void* p, I a) { _mm512_storeu_si512(p, a); }
 inline I widen_bytes(const std::uint8_t* p) {
     return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-inline I operator-(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
-inline I operator&(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
-inline I operator|(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline I operator-(I a, I b) { return {_mm512_sub_epi32(a, b)}; }
+inline I operator&(I a, I b) { return {_mm512_and_si512(a, b)}; }
+inline I operator|(I a, I b) { return {_mm512_or_si512(a, b)}; }
 template <int bits>
 inline I shift_left(I a) {
-    return {_mm512_slli_epi32(a.v, bits)};
+    return {_mm512_slli_epi32(a, bits)};
 }
 template <int bits>
 inline I shift_right(I a) {
-    return {_mm512_srli_epi32(a.v, bits)};
+    return {_mm512_srli_epi32(a, bits)};
 }
-inline I add_bytes(I a, I b) { return {_mm512_add_epi8(a.v, b.v)}; }
-inline I multiply_low16(I a, I b) { return {_mm512_mullo_epi16(a.v, b.v)}; }
-inline I multiply_high16(I a, I b) { return {_mm512_mulhi_epu16(a.v, b.v)}; }
+inline I add_bytes(I a, I b) { return {_mm512_add_epi8(a, b)}; }
+inline I multiply_low16(I a, I b) { return {_mm512_mullo_epi16(a, b)}; }
+inline I multiply_high16(I a, I b) { return {_mm512_mulhi_epu16(a, b)}; }
 
 inline F dot_bf16(F acc, I w, std::uint32_t a) {
 #if defined(__AVX512BF16__)
-    return {_mm512_dpbf16_ps(acc.v, (__m512bh)w.v, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)))};
+    return {_mm512_dpbf16_ps(acc.v, (__m512bh)w.lanes, (__m512bh)_mm512_set1_epi32(static_cast<int>(a)))};
 #else
-    const __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(w.v, 16));
-    const __m512 high = _mm512_castsi512_ps(_mm512_and_si512(w.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+    const __m512 low = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+    const __m512 high = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
     acc.v = _mm512_fmadd_ps(low, _mm512_set1_ps(to_float(static_cast<bf16>(a))), acc.v);
     return {_mm512_fmadd_ps(high, _mm512_set1_ps(to_float(static_cast<bf16>(a >> 16))), acc.v)};
 #endif
@@ -137,14 +142,14 @@ inline F dot_bf16(F acc, I w, std::uint32_t a) {
 inline I dot_u8s8(I acc, I w, std::int32_t a) {
     const __m512i quad = _mm512_set1_epi32(a);
 #if defined(__AVX512VNNI__)
-    return {_mm512_dpbusd_epi32(acc.v, w.v, quad)};
+    return {_mm512_dpbusd_epi32(acc, w, quad)};
 #else
     // Bytes 0, 2 and 1, 3 apart: the 16-bit products then cannot saturate.
     const __m512i low = _mm512_set1_epi16(0x00ff);
-    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(w.v, low),
+    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(w, low),
                                            _mm512_srai_epi16(_mm512_slli_epi16(quad, 8), 8));
-    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(w.v, 8), _mm512_srai_epi16(quad, 8));
-    return {_mm512_add_epi32(acc.v, _mm512_add_epi32(even, odd))};
+    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(quad, 8));
+    return {_mm512_add_epi32(acc, _mm512_add_epi32(even, odd))};
 #endif
 }
 
