@@ -96,7 +96,7 @@ void Attention::run() {
     const int tasks = static_cast<int>(tasks_.size());
     parallel(tasks, [&](int index, int thread) {
         Workspace work(scratch(thread, Workspace::bytes(width_)), width_);
-        const int next = std::min(index + thread_count(), tasks - 1);  // probably this thread's
+        const int next = std::min(index + 1, tasks - 1);  // probably this thread's
         meet_spans(tasks_[index], tasks_[next], work);
     });
     parallel(static_cast<int>(merges_.size()), [&](int index, int thread) {

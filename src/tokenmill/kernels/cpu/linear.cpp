@@ -8,21 +8,20 @@
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
-// Register blocking: rows times vectors of accumulators fill the registers.
+// Register blocking: rows times the two vectors of a panel, as sums, fill the registers.
 #if defined(__AVX512F__)
-constexpr int kRows = 6;    // with two panels at once
-constexpr int kThin = 3;    // rows with four panels at once, for the sake of more streams from memory
+constexpr int kRows = 12;
+constexpr int kThin = 3;  // rows up to which there are registers for four panels at once, more streams from memory
 #else
 constexpr int kRows = 2;
 constexpr int kThin = 0;
 #endif
 constexpr int kUnit = 4;  // panels of a task at most
+constexpr int kUnpacking = kRows < 8 ? kRows : 8;  // rows up to which int4 is unpacked in registers
 constexpr int kPanel = 32;
-constexpr int kMostRows = kRows > kThin ? kRows : kThin;
 constexpr int kTasks = 16;   // per thread, if there are enough panels: few enough that a task reads on and on
-#if defined(__AMX_TILE__)
-constexpr std::int64_t kNearRows = 1 << 19;  // bytes of rows for the tile unit before it turns to other panels
-#endif
+constexpr std::int64_t kNearRows = 1 << 19;  // bytes of rows that stay in the second-level cache,
+constexpr int kFewRows = 96;                 // and rows that are too few to read all panels for
 constexpr int kNear = 4096;  // bytes to ask for ahead of time where weights come from memory and are used once
 
 template <class T>
@@ -33,13 +32,13 @@ T read(const void* p) {
 }
 
 // Results of a block of rows for the panels of a task.
-using Tile = float[kMostRows][kUnit * kPanel];
+using Tile = float[kRows][kUnit * kPanel];
 
 // The weights to ask memory for while others are in use.
 struct Ahead {
     int near;            // this many bytes further on in each panel,
     const char* next;    // and from here on
-    std::int64_t pace;   // so many bytes per step, two lines at most
+    std::int64_t pace;   // so many bytes per step, a line at most
 };
 
 // ---- dot products: R rows with P panels, into a tile ----
@@ -55,8 +54,7 @@ void dots_bf16(const Weight& w, int panel, const Rows& rows, int row, int column
         for (auto& one : of_row) one = zero();
     }
     for (int step = 0; step < steps; ++step, weights += 64, x += 4, ahead.next += ahead.pace) {
-        prefetch(ahead.next);
-        prefetch(ahead.next + 64);
+        prefetch_far(ahead.next);
         I vectors[2 * P];
         for (int v = 0; v < 2 * P; ++v) {
             const bf16* vector = weights + v / 2 * panel_size + v % 2 * 32;
@@ -97,8 +95,7 @@ void dots_int8(const Weight& w, const std::uint8_t* data, int panel, const Rows&
         for (auto& one : of_row) one = izero();
     }
     for (int step = 0; step < steps; ++step, data += 128, x += 4, ahead.next += ahead.pace) {
-        prefetch(ahead.next);
-        prefetch(ahead.next + 64);
+        prefetch_far(ahead.next);
         I vectors[2 * P];
         for (int v = 0; v < 2 * P; ++v) {
             const std::uint8_t* vector = data + v / 2 * panel_size + v % 2 * 64;
@@ -139,36 +136,27 @@ void unpack(I nibbles, const Group& g, I& first, I& second) {
     second = add_bytes(multiply_high16(n3, g.multiplier) | (multiply_low16(n1, g.multiplier) & odd), g.shift);
 }
 
-template <int R, int P>
+template <int R>
 void dots_int4(const Weight& w, int panel, const Rows& rows, int row, int column, Tile& tile) {
     const int groups = w.depth / w.group, steps = w.group / 8;
-    const std::int64_t panel_size = std::int64_t{w.depth} * 16, scales_size = std::int64_t{groups} * kPanel;
-    const auto* data = static_cast<const std::uint8_t*>(w.data) + panel * panel_size;
+    const auto* data = static_cast<const std::uint8_t*>(w.data) + std::int64_t{panel} * w.depth * 16;
     const char* x = static_cast<const char*>(rows.data) + row * rows.stride;
-    I sum[R][2 * P];
+    I sum[R][2];
     for (auto& of_row : sum) {
         for (auto& one : of_row) one = izero();
     }
     const std::uint8_t* offsets = w.offsets != nullptr ? w.offsets : w.multipliers;
-    const int groups_near = (kNear / 16 + w.group - 1) / w.group;
+    const int near = (kNear / 16 + w.group - 1) / w.group * kPanel;  // as far ahead as in the data
     for (int group = 0; group < groups; ++group) {
-        // What follows a panel's end is the next of these P, which is being read already: skip them.
-        const bool last = group + groups_near >= groups;
-        const std::int64_t near = groups_near * w.group * 16 + (last ? (P - 1) * panel_size : 0);
-        const std::int64_t scales_near = groups_near * kPanel + (last ? (P - 1) * scales_size : 0);
-        Group g[2 * P];
-        for (int v = 0; v < 2 * P; ++v) {
-            const std::int64_t place = (panel + v / 2) * scales_size + group * kPanel + v % 2 * 16;
-            prefetch(w.multipliers + place + scales_near);
-            prefetch(offsets + place + scales_near);
-            g[v] = load_group(w, place);
-        }
+        const std::int64_t place = (std::int64_t{panel} * groups + group) * kPanel;
+        prefetch(w.multipliers + place + near);
+        prefetch(offsets + place + near);
+        const Group g[2] = {load_group(w, place), load_group(w, place + 16)};
         for (int step = 0; step < steps; ++step, data += 128, x += 8) {
-            for (int v = 0; v < 2 * P; ++v) {
-                const std::uint8_t* nibbles = data + v / 2 * panel_size + v % 2 * 64;
-                prefetch(nibbles + near);
+            for (int v = 0; v < 2; ++v) {
+                prefetch(data + 64 * v + kNear);
                 I first, second;
-                unpack(load_bytes(nibbles), g[v], first, second);
+                unpack(load_bytes(data + 64 * v), g[v], first, second);
                 for (int r = 0; r < R; ++r) {
                     sum[r][v] = dot_u8s8(sum[r][v], first, read<std::int32_t>(x + r * rows.stride));
                     sum[r][v] = dot_u8s8(sum[r][v], second, read<std::int32_t>(x + r * rows.stride + 4));
@@ -176,7 +164,7 @@ void dots_int4(const Weight& w, int panel, const Rows& rows, int row, int column
             }
         }
     }
-    scale<R, 2 * P>(w, panel, rows, row, column, sum, tile);
+    scale<R, 2>(w, panel, rows, row, column, sum, tile);
 }
 
 // A panel of int4 as a panel of int8.
@@ -213,24 +201,21 @@ struct Block {
         const int column = (panel - first_panel) * kPanel;
         switch (w.format) {
             case Format::bf16:
-                dots_bf16<R, P>(w, panel, rows, row, column, ahead, tile);
-                break;
-            case Format::int8: {
-                const auto* data = static_cast<const std::uint8_t*>(w.data) + std::int64_t{panel} * w.depth * kPanel;
-                dots_int8<R, P>(w, data, panel, rows, row, column, ahead, tile);
-                break;
-            }
+                return dots_bf16<R, P>(w, panel, rows, row, column, ahead_at(panel, w.depth / 2), tile);
+            case Format::int8:
+                return dots_int8<R, P>(w, static_cast<const std::uint8_t*>(w.data) + std::int64_t{panel} * w.depth * kPanel,
+                                       panel, rows, row, column, ahead_at(panel, w.depth / 4), tile);
             case Format::int4:
                 if (unpacked != nullptr) {
-                    const std::uint8_t* data = unpacked + std::int64_t{column} * w.depth;
-                    dots_int8<R, P>(w, data, panel, rows, row, column, ahead, tile);
-                } else {
-                    constexpr int together = R <= kThin && P % 2 == 0 ? 2 : 1;
-                    for (int one = 0; one < P; one += together) {
-                        dots_int4<R, together>(w, panel + one, rows, row, column + one * kPanel, tile);
-                    }
+                    return dots_int8<R, P>(w, unpacked + std::int64_t{column} * w.depth, panel, rows, row, column,
+                                           ahead_at(panel, w.depth / 4), tile);
                 }
+                for (int one = 0; one < P; ++one) dots_int4<R>(w, panel + one, rows, row, column + one * kPanel, tile);
         }
+    }
+
+    Ahead ahead_at(int panel, int steps) const {
+        return {ahead.near, ahead.next + (panel - first_panel) * steps * ahead.pace, ahead.pace};
     }
 
     template <int R>
@@ -239,9 +224,9 @@ struct Block {
         const int end = first_panel + panels;
         if constexpr (R <= kThin) {
             for (; panel + 4 <= end; panel += 4) dots<R, 4>(panel, tile);
+            for (; panel + 2 <= end; panel += 2) dots<R, 2>(panel, tile);
         }
-        for (; panel + 2 <= end; panel += 2) dots<R, 2>(panel, tile);
-        if (panel < end) dots<R, 1>(panel, tile);
+        for (; panel < end; ++panel) dots<R, 1>(panel, tile);
     }
 
     template <int R = kRows>
@@ -357,15 +342,15 @@ struct Unit {
         const int steps = w.format == Format::bf16 ? w.depth / 2 : w.depth / 4;
         const int blocks = (end - begin + kRows - 1) / kRows;
         std::uint8_t* as_int8 = nullptr;
-        if (w.format == Format::int4 && blocks > 1) {
+        if (w.format == Format::int4 && end - begin > kUnpacking) {
             as_int8 = static_cast<std::uint8_t*>(scratch(thread, unpacked_bytes()));
             unpack_panels(as_int8);
         }
         // One block asks for the panels that it reads; several ask together, evenly, for those of the next unit.
         Ahead ahead{kNear, panel(0), 0};
-        if (blocks > 1) ahead = {0, panel(first_panel + panels), panels * panel_size() / (std::int64_t{blocks} * steps)};
+        if (blocks > 1) ahead = {0, panel(first_panel + panels), panel_size() / (std::int64_t{blocks} * steps)};
         Tile tile;
-        for (int block = 0; block < blocks; ++block, ahead.next += ahead.pace * steps) {
+        for (int block = 0; block < blocks; ++block, ahead.next += ahead.pace * steps * panels) {
             const int row = begin + static_cast<int>(std::int64_t{end - begin} * block / blocks);
             const int count = begin + static_cast<int>(std::int64_t{end - begin} * (block + 1) / blocks) - row;
             Block{w, rows, as_int8, first_panel, panels, row, ahead}.run(count, tile);
@@ -454,7 +439,7 @@ struct Unit {
 };
 
 // Chunks of rows, for balance and so that those of a chunk stay in the second-level cache.
-int chunk_rows([[maybe_unused]] const Weight& w, [[maybe_unused]] const Rows& rows, int m) {
+int chunk_rows([[maybe_unused]] const Weight& w, const Rows& rows, int m) {
 #if defined(__AMX_TILE__)
     if (rows.in_tiles) {
         const int fit = static_cast<int>(kNearRows / TileSteps(w).row_bytes()) / kBlockRows;
@@ -462,7 +447,8 @@ int chunk_rows([[maybe_unused]] const Weight& w, [[maybe_unused]] const Rows& ro
         return (blocks + chunks - 1) / chunks * kBlockRows;
     }
 #endif
-    const int chunks = m >= 128 ? (m + 255) / 256 : 1;
+    const int fit = static_cast<int>(kNearRows / rows.stride);
+    const int most = fit > kFewRows ? fit : kFewRows, chunks = (m + most - 1) / most;
     return (m + chunks - 1) / chunks;
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <mutex>
@@ -62,11 +63,35 @@ struct Loop {
     int tasks;
 };
 
+// The tasks that one thread is to do, in order. Others that have done theirs help from the other end.
+class alignas(64) Share {
+  public:
+    void set(int begin, int end) { ends_.store(pack(begin, end), std::memory_order_relaxed); }
+
+    // A task, or -1.
+    int take(bool first) {
+        std::uint64_t ends = ends_.load(std::memory_order_relaxed);
+        for (;;) {
+            const int begin = static_cast<int>(ends >> 32), end = static_cast<int>(ends & 0xffffffffu);
+            if (begin >= end) return -1;
+            const std::uint64_t left = first ? pack(begin + 1, end) : pack(begin, end - 1);
+            if (ends_.compare_exchange_weak(ends, left, std::memory_order_relaxed)) return first ? begin : end - 1;
+        }
+    }
+
+  private:
+    static std::uint64_t pack(int begin, int end) {
+        return static_cast<std::uint64_t>(begin) << 32 | static_cast<std::uint32_t>(end);
+    }
+
+    std::atomic<std::uint64_t> ends_{0};
+};
+
 // The workers of one process, and the memory of each. A worker joins a loop only while that is open and the caller
 // waits only for those that joined, so a worker that the system keeps from running delays nobody.
 class Team {
   public:
-    explicit Team(int size) : buffers_(size) {
+    explicit Team(int size) : buffers_(size), shares_(size) {
         for (int thread = 1; thread < size; ++thread) {
             threads_.emplace_back([this, thread] { work(thread); });
         }
@@ -84,7 +109,10 @@ class Team {
 
     void run(const Loop& loop) {
         loop_ = loop;
-        next_.store(0, std::memory_order_relaxed);
+        for (std::int64_t thread = 0; thread < size(); ++thread) {
+            shares_[thread].set(static_cast<int>(loop.tasks * thread / size()),
+                                static_cast<int>(loop.tasks * (thread + 1) / size()));
+        }
         joined_.store(kOpen, std::memory_order_release);
         announce();
         take(0);
@@ -105,8 +133,9 @@ class Team {
     }
 
     void take(int thread) {
-        for (int task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < loop_.tasks;) {
-            loop_.task(loop_.context, task, thread);
+        for (int offset = 0; offset < size(); ++offset) {
+            Share& share = shares_[(thread + offset) % size()];
+            for (int task; (task = share.take(offset == 0)) >= 0;) loop_.task(loop_.context, task, thread);
         }
     }
 
@@ -164,10 +193,10 @@ class Team {
 
     std::vector<std::thread> threads_;
     std::vector<Buffer> buffers_;
+    std::vector<Share> shares_;
     Loop loop_{};
     std::atomic<bool> stop_{false};
     alignas(64) std::atomic<unsigned> generation_{0};
-    alignas(64) std::atomic<int> next_{0};
     alignas(64) std::atomic<unsigned> joined_{0};  // workers inside the loop, and whether more may join
     alignas(64) std::atomic<unsigned> sleepers_{0};
 };
