@@ -29,7 +29,7 @@ from tokenmill.quant.scheme import Rounding
 
 __all__ = ["PackCache"]
 
-_VERSION = 1
+_VERSION = 2
 """Of the layout in `kernels.cpu.packed` and of what rounding gives: to be raised when either changes."""
 
 _ALIGN = 64

@@ -137,7 +137,8 @@ def test_embedding_and_head_in_a_format_of_their_own(tmp_path: Path, head: str, 
     assert isinstance(table, Quantized) == isinstance(last, Quantized) == (head != "none")
     ids, x = torch.tensor([3, 0, 39, 3]), torch.randn(5, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     rows, logits = (each.dequantize() if isinstance(each, Quantized) else each.float() for each in (table, last))
-    loss = 0.0 if head != "int4" else 0.01  # two searches for ranges, in different orders of arithmetic
+    # The kernels round what they pack by themselves: ties and searches may end otherwise.
+    loss = {"none": 0.0, "int8": 0.01, "int4": 0.05}[head]
     assert (model._embedding(ids).float() - rows[ids].bfloat16().float()).norm() <= loss * rows[ids].norm()
     exact = x.float() @ logits.T
     assert (model.logits(x) - exact).norm() <= (0.005 + loss) * exact.norm()

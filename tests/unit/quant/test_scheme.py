@@ -65,6 +65,7 @@ def test_each_dialect_is_read(said: dict[str, Any], meant: Scheme) -> None:
         (compressed(weights={"strategy": "tensor"}), "per tensor"),
         (compressed("int-quantized"), "int-quantized"),
         (compressed(transform_config={"R1": {}}), "rotated"),
+        (compressed(sparsity_config={"format": "dense"}), "sparse"),
         (compressed(config_groups={"a": {}, "b": {}}), "2 config_groups"),
     ],
 )
