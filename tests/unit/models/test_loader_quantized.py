@@ -123,25 +123,25 @@ def test_int4_leaves_8_bits_to_embedding_and_head(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("head", ["none", "int8", "int4"])
-def test_embedding_and_head_in_a_format_of_their_own(tmp_path: Path, head: str, tied: bool) -> None:
-    """Both give what the weights stand for, natively as by the plain operators."""
+@pytest.mark.parametrize("block_size", [0, 16], ids=["plain", "native"])
+@pytest.mark.parametrize(("head", "loss"), [("none", 0.003), ("int8", 0.01), ("int4", 0.08)])
+def test_embedding_and_head_in_a_format_of_their_own(
+    tmp_path: Path, head: str, loss: float, block_size: int, tied: bool
+) -> None:
+    """Rows of the one and products of the other are as close to the checkpoint's numbers as the format allows."""
     stored = tensors()
+    table = stored["model.embed_tokens.weight"]
+    matrix = table if tied else stored["lm_head.weight"]
     if tied:
         del stored["lm_head.weight"]
     folder = write(tmp_path, stored, dtype="bfloat16", head_dim=16, tie_word_embeddings=tied)
-    rounding = Rounding("int8", head, "bf16")
-    _, weights = loader.load_weights(folder, rounding=rounding)
-    model = loader.load(folder, rounding=rounding, block_size=16)
-    table, last = (weights[name] for name in ("embedding", "embedding" if tied else "head"))
-    assert isinstance(table, Quantized) == isinstance(last, Quantized) == (head != "none")
+    model = loader.load(folder, rounding=Rounding("int8", head, "bf16"), block_size=block_size)
     ids, x = torch.tensor([3, 0, 39, 3]), torch.randn(5, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
-    rows, logits = (each.dequantize() if isinstance(each, Quantized) else each.float() for each in (table, last))
-    # The kernels round what they pack by themselves: ties and searches may end otherwise.
-    loss = {"none": 0.0, "int8": 0.01, "int4": 0.05}[head]
-    assert (model._embedding(ids).float() - rows[ids].bfloat16().float()).norm() <= loss * rows[ids].norm()
-    exact = x.float() @ logits.T
-    assert (model.logits(x) - exact).norm() <= (0.005 + loss) * exact.norm()
+    assert (model._embedding(ids).float() - table[ids]).norm() <= loss * table[ids].norm()
+    exact = x.float() @ matrix.T
+    lost = (model.logits(x) - exact).norm() / exact.norm()
+    assert lost <= loss
+    assert head != "int4" or lost > 0.03
 
 
 @pytest.mark.parametrize("block_size", [0, 16], ids=["plain", "native"])
