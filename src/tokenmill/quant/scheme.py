@@ -38,7 +38,7 @@ class Rounding:
     def head(self) -> str:
         """The format of embedding and head: every token goes through both, so ``auto`` makes ``int8`` of ``int4``.
 
-        On the built-in model 4 bits in them alone cost a fifth of what they cost in all matrices (docs/log.md).
+        On the built-in model 4 bits in these two make a quarter of what 4 bits cost in all matrices (docs/log.md).
         """
         if self.quantize_head != "auto":
             return self.quantize_head
