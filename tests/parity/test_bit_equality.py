@@ -17,7 +17,18 @@ from tokenmill.testing import random_model
 from tokenmill.types import EngineRequest, SamplingParams
 
 BLOCK = {"float32": 8, "bfloat16": 16}
-FORMATS = [("float32", "none"), ("float32", "int8"), ("bfloat16", "none"), ("bfloat16", "int8"), ("bfloat16", "int4")]
+ROUNDING = {
+    "none": {},
+    "int8": {"quantize": "int8"},
+    "int4": {"quantize": "int4"},
+    "int4 times bf16": {"quantize": "int4", "quantize_head": "int4", "activations": "bf16"},
+}
+FORMATS = [
+    ("float32", "none"),
+    ("float32", "int8"),
+    ("float32", "int4 times bf16"),
+    *(("bfloat16", quantize) for quantize in ROUNDING),
+]
 TOKENS = 24
 PROMPT = 75
 
@@ -48,7 +59,7 @@ def serve(model, requests, *, dtype, quantize, threads=1, chunk=512, caching=Tru
             "model": {
                 "model": str(model),
                 "dtype": dtype,
-                "quantize": quantize,
+                **ROUNDING[quantize],
                 "threads": threads,
                 "max_model_len": 128,
             },

@@ -22,6 +22,8 @@ class Tokenmill:
             "model": {
                 "model": settings.model,
                 "quantize": "none" if settings.precision == "bf16" else settings.precision,
+                # The rivals' int4 has 4 bits in embedding and head too; tokenmill's own choice would be 8.
+                "quantize_head": "int4" if settings.precision == "int4" else "auto",
                 "max_model_len": settings.max_len,
                 "threads": settings.threads,
             },

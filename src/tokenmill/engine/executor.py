@@ -57,7 +57,7 @@ class LocalExecutor:
             device,
             progress,
             config.model.max_model_len,
-            config.model.quantize,
+            config.model.rounding,
             config.cache.block_size,
             config.model.pack_cache,
         )

@@ -17,7 +17,7 @@ class Linear:
     """``y = x @ weight^T + bias``."""
 
     weight: Tensor | quantized.Quantized
-    """[N, K]; a quantized one computes in whole numbers, its activations rounded per token."""
+    """[N, K]; a quantized one computes with whole numbers; see `quant.weight.linear`."""
     bias: Tensor | None = None
     """[N], of the weight's type."""
 

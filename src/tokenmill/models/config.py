@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from tokenmill.config import option
-from tokenmill.quant.scheme import FORMATS
+from tokenmill.quant.scheme import ACTIVATIONS, FORMATS, Rounding
 
 __all__ = ["ModelConfig"]
 
@@ -23,9 +23,22 @@ class ModelConfig:
         "round embedding, head and linear layers to fewer bits while loading",
         choices=("none", *FORMATS.names()),
     )
+    quantize_head: str = option(
+        "auto",
+        "the same for embedding and head alone; auto is as the layers, but int8 where those get int4",
+        choices=("auto", "none", *FORMATS.names()),
+    )
+    activations: str = option(
+        "int8", "what inputs of quantized weights are rounded to; bf16 is slower and loses less", choices=ACTIVATIONS
+    )
     pack_cache: bool = option(
         False, "keep the weights as the CPU kernels want them, beside the model or in ~/.cache, for the next start"
     )
     device: str = option("auto", "where to compute; auto is cuda if there is one", choices=("auto", "cpu", "cuda"))
     max_model_len: int = option(0, "longest sequence in tokens; 0 is what model and memory allow", low=0)
     threads: int = option(0, "CPU threads; 0 is all usable cores", low=0)
+
+    @property
+    def rounding(self) -> Rounding:
+        """What weights and their inputs are rounded to."""
+        return Rounding(self.quantize, self.quantize_head, self.activations)

@@ -26,18 +26,21 @@ from tokenmill.quant.weight import Quantized
 __all__ = ["native_block", "native_head", "packed"]
 
 
-def packed(name: str, weight: Tensor | Quantized, bias: Tensor | None, quantize: str) -> PackedWeight:
+def packed(name: str, weight: Tensor | Quantized, bias: Tensor | None, quantize: str, activations: str) -> PackedWeight:
     """A matrix of the model in the memory order of the kernels.
 
     Args:
         name: as `spec.weight_shapes` names it.
         weight: kept exactly if it is quantized already.
         quantize: what it is rounded to if not: ``int8``, ``int4``, or ``none`` for bfloat16.
+        activations: one of `quant.scheme.ACTIVATIONS`, unless it is bfloat16.
     """
     gated = name.endswith("mlp.gate_up")
     if isinstance(weight, Quantized):
-        return panels.packed(weight, bias, gated=gated)
-    return pack(weight, "bf16" if quantize == "none" else cast(Format, quantize), bias, gated=gated)
+        made = panels.packed(weight, bias, gated=gated)
+    else:
+        made = pack(weight, "bf16" if quantize == "none" else cast(Format, quantize), bias, gated=gated)
+    return made.taking(activations)
 
 
 def native_block(layer: LayerSpec, own: Mapping[str, Any], eps: float) -> NativeBlock:

@@ -1,6 +1,6 @@
 """Packed weights kept in a file, so that the next start maps them into memory instead of making them.
 
-The file is ``<model folder>/.tokenmill/<format>.safetensors``, or, where that cannot be written, the same under
+The file is ``<model folder>/.tokenmill/<formats>.safetensors``, or, where that cannot be written, the same under
 ``~/.cache/tokenmill/packs/<hash of the folder>`` (or ``$XDG_CACHE_HOME``). Its header says what it was made of: a file
 of another checkpoint, version or layout is replaced. It is written under another name and renamed when all of it is on
 the disk, so nobody ever sees a part of it, and whoever still has an older one mapped keeps that.
@@ -25,10 +25,11 @@ from torch import Tensor
 from tokenmill.layers.native import PackedWeight
 from tokenmill.models.checkpoint import weight_files
 from tokenmill.models.spec import ModelSpec, weight_shapes
+from tokenmill.quant.scheme import Rounding
 
 __all__ = ["PackCache"]
 
-_VERSION = 1
+_VERSION = 2
 """Of the layout in `kernels.cpu.packed` and of what rounding gives: to be raised when either changes."""
 
 _ALIGN = 64
@@ -38,17 +39,21 @@ _logger = logging.getLogger(__name__)
 
 
 class PackCache:
-    """The packed weights of one model in one format.
+    """The packed weights of one model, rounded in one way.
+
+    What inputs are rounded to leaves the weights as they are: one file serves all `Rounding.activations`.
 
     Args:
         folder: the model's.
-        quantize: the option `ModelConfig.quantize`.
     """
 
-    def __init__(self, folder: Path, quantize: str) -> None:
+    def __init__(self, folder: Path, rounding: Rounding) -> None:
         folder = folder.resolve()
-        self._key = _key(folder, quantize)
-        file = f"{'bf16' if quantize == 'none' else quantize}.safetensors"
+        self._activations = rounding.activations
+        formats = [each.replace("none", "bf16") for each in (rounding.quantize, rounding.head)]
+        self._key = _key(folder, formats)
+        plain = rounding.head == Rounding(rounding.quantize).head
+        file = f"{formats[0] if plain else f'{formats[0]}-head-{formats[1]}'}.safetensors"
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         elsewhere = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
         self._places = (folder / ".tokenmill" / file, cache / "tokenmill" / "packs" / elsewhere / file)
@@ -97,7 +102,10 @@ class PackCache:
                 tensors[name][part] = file.get_tensor(full)
         found: dict[str, Tensor | PackedWeight] = {}
         for name, parts in tensors.items():
-            found[name] = PackedWeight(tensors=parts, **described[name]) if described[name] else parts["tensor"]
+            if described[name]:
+                found[name] = PackedWeight(tensors=parts, **described[name]).taking(self._activations)
+            else:
+                found[name] = parts["tensor"]
         biases = {f"{name}_bias" for name in found}
         if weight_shapes(spec).keys() - biases != found.keys():
             raise ValueError("they are not those of the model")
@@ -146,9 +154,9 @@ def _tensors(weights: Mapping[str, Tensor | PackedWeight]) -> Iterator[tuple[str
     yield from sorted(named, key=lambda each: each[1].nbytes % _ALIGN != 0)
 
 
-def _key(folder: Path, quantize: str) -> str:
+def _key(folder: Path, formats: list[str]) -> str:
     """A hash of all that packed weights depend on. Weight files count by name, size and time of change."""
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(folder)]
     config = (folder / "config.json").read_text(encoding="utf-8")
-    made_of = [_VERSION, quantize, files, config]
+    made_of = [_VERSION, formats, files, config]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()

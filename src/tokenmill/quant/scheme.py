@@ -13,23 +13,40 @@ from typing import Any, Literal
 from tokenmill.errors import ModelError
 from tokenmill.registry import Registry
 
-__all__ = ["FORMATS", "Layout", "Scheme", "format_of", "read_scheme"]
+__all__ = ["ACTIVATIONS", "FORMATS", "Layout", "Rounding", "Scheme", "read_scheme"]
 
 FORMATS: Registry[Any] = Registry("tokenmill.quant.formats", "formats", "FORMAT")
 """Weight formats: each module defines ``FORMAT``, a `quant.weight.Format`."""
 
 
-def format_of(name: str, quantize: str) -> str:
-    """The format that a matrix of the model gets when it is loaded with ``--quantize``.
+ACTIVATIONS = ("int8", "bf16")
+"""What the inputs of a product with a quantized weight may be rounded to."""
 
-    With ``int4`` the embedding and the head get ``int8``: every token goes through both, and in 4 bits they alone cost
-    about as much quality as all layers do (on the built-in model 1 of 2 percent of the bits per byte).
 
-    Args:
-        name: as `models.spec.weight_shapes` names it.
-        quantize: a name of `FORMATS`, or ``none``.
-    """
-    return "int8" if quantize == "int4" and name in ("embedding", "head") else quantize
+@dataclass(frozen=True)
+class Rounding:
+    """What a model's weights are rounded to while they are loaded, and their inputs when they are used."""
+
+    quantize: str = "none"
+    """A name of `FORMATS`, or ``none``."""
+    quantize_head: str = "auto"
+    """The same for embedding and head alone, or ``auto``."""
+    activations: str = "int8"
+    """One of `ACTIVATIONS`, for all quantized weights, those of a quantized checkpoint too."""
+
+    @property
+    def head(self) -> str:
+        """The format of embedding and head: every token goes through both, so ``auto`` makes ``int8`` of ``int4``.
+
+        On the built-in model 4 bits in these two make a quarter of what 4 bits cost in all matrices (docs/log.md).
+        """
+        if self.quantize_head != "auto":
+            return self.quantize_head
+        return "int8" if self.quantize == "int4" else self.quantize
+
+    def format_of(self, name: str) -> str:
+        """The format of a matrix, or ``none``; `name` is one of `models.spec.weight_shapes`."""
+        return self.head if name in ("embedding", "head") else self.quantize
 
 
 Layout = Literal["gptq", "gptq_v2", "awq", "pack-quantized", "int-quantized"]

@@ -6,8 +6,9 @@ and one scale per output:
     weight[n, k] = scales[n] * w8[n, k]
 
 Activations are rounded to whole numbers per token when they arrive, so a product is a sum of whole numbers, which is
-exact in any order: a row's result cannot depend on the rows around it. Native kernels compute the same sums; `linear`
-is what they are compared with, and what runs where there are none.
+exact in any order: a row's result cannot depend on the rows around it. Or they stay bfloat16, which holds every w8 too:
+then a product is a sum in float32, in an order that is fixed. Native kernels compute the same sums; `linear` is what
+they are compared with, and what runs where there are none.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tokenmill import kernels
 
 __all__ = ["LIMIT", "Format", "Quantized", "linear", "quantize_rows", "rows", "whole_numbers"]
 
@@ -46,6 +49,8 @@ class Quantized:
     """[N, K'/group] uint8, m of the group: ``w8 = floor(q * m / 16) - b``."""
     offsets: Tensor | None = None
     """[N, K'/group] uint8, b of the group; None stands for ``floor(m / 2)``, which makes q = 8 a zero."""
+    activations: str = "int8"
+    """What the inputs of a product are rounded to: ``int8``, each row to its own scale, or ``bf16``."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -157,7 +162,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight^T + bias`` over whole numbers.
+    """``x @ weight^T + bias`` over the whole numbers of the weight, scaled once for each output.
 
     Args:
         x: [T, K], any float type.
@@ -166,13 +171,16 @@ def linear(x: Tensor, weight: Quantized, bias: Tensor | None = None) -> Tensor:
     Returns:
         [T, N] of x's type. A row's result is bit-equal whatever the other rows are.
     """
-    whole, row_scales = quantize_rows(x)
     columns = weight.whole()
-    total = torch.zeros(x.shape[0], columns.shape[0], dtype=torch.int32, device=x.device)
-    for start in range(0, weight.inputs, _EXACT):
-        span = slice(start, start + _EXACT)
-        total += F.linear(whole[:, span], columns[:, span].float()).int()
-    result = total.float() * weight.scales * row_scales.unsqueeze(1)
+    if weight.activations == "bf16":
+        result = kernels.linear(x.bfloat16().float(), columns.float(), None) * weight.scales
+    else:
+        whole, row_scales = quantize_rows(x)
+        total = torch.zeros(x.shape[0], columns.shape[0], dtype=torch.int32, device=x.device)
+        for start in range(0, weight.inputs, _EXACT):
+            span = slice(start, start + _EXACT)
+            total += F.linear(whole[:, span], columns[:, span].float()).int()
+        result = total.float() * weight.scales * row_scales.unsqueeze(1)
     return (result if bias is None else result + bias.float()).to(x.dtype)
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from tokenmill.errors import ConfigError, ModelError
 from tokenmill.models import checkpoint, loader
 from tokenmill.models.spec import is_norm, weight_bytes, weight_shapes
+from tokenmill.quant.checkpoint import tensor_shapes
 from tokenmill.quant.formats.int4 import FORMAT as INT4
+from tokenmill.quant.scheme import Rounding, read_scheme
 from tokenmill.quant.weight import Quantized, linear
 from tokenmill.testing import random_model
 
@@ -30,6 +32,20 @@ CONFIG: dict[str, Any] = {
     "dtype": "float32",
     "eos_token_id": 2,
 }
+W4: dict[str, Any] = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False},
+    "gptq_v2": {"quant_method": "gptq", "bits": 8, "group_size": -1, "checkpoint_format": "gptq_v2"},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
+    "pack-quantized": {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": {"weights": W4}},
+    },
+    "int-quantized": {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"group_0": {"weights": W4 | {"num_bits": 8, "symmetric": True, "strategy": "channel"}}},
+    },
+}  # fmt: skip
 LAYER = "model.layers.0."
 LINEAR = {
     "self_attn.q_proj": (64, 64),
@@ -74,7 +90,7 @@ def write(folder: Path, weights: dict[str, Tensor], **changes: Any) -> Path:
 
 
 def test_every_matrix_is_quantized_and_nothing_else(tmp_path: Path) -> None:
-    spec, weights = loader.load_weights(write(tmp_path, tensors()), quantize="int4")
+    spec, weights = loader.load_weights(write(tmp_path, tensors()), rounding=Rounding("int4"))
     assert weights.keys() == weight_shapes(spec).keys()
     for name, weight in weights.items():
         assert isinstance(weight, Quantized) == (not is_norm(name)), name
@@ -85,7 +101,7 @@ def test_joined_tensors_are_rounded_as_one(tmp_path: Path, monkeypatch: pytest.M
     """In whatever pieces they come."""
     monkeypatch.setattr(checkpoint, "_CHUNK", 5 * 64)
     stored = tensors()
-    _, weights = loader.load_weights(write(tmp_path, stored), quantize="int4")
+    _, weights = loader.load_weights(write(tmp_path, stored), rounding=Rounding("int4"))
     qkv = torch.cat([stored[f"{LAYER}self_attn.{part}_proj.weight"] for part in "qkv"])
     found = weights["layers.0.attention.qkv"]
     assert isinstance(found, Quantized)
@@ -93,7 +109,7 @@ def test_joined_tensors_are_rounded_as_one(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_quantized_model_runs(tmp_path: Path) -> None:
-    plain, rounded = (loader.load(write(tmp_path, tensors()), quantize=each) for each in ("none", "int8"))
+    plain, rounded = (loader.load(write(tmp_path, tensors()), rounding=Rounding(each)) for each in ("none", "int8"))
     hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
     exact, got = plain.logits(hidden), rounded.logits(hidden)
     assert not torch.equal(got, exact)
@@ -101,9 +117,31 @@ def test_a_quantized_model_runs(tmp_path: Path) -> None:
 
 
 def test_int4_leaves_8_bits_to_embedding_and_head(tmp_path: Path) -> None:
-    _, weights = loader.load_weights(write(tmp_path, tensors()), quantize="int4")
+    _, weights = loader.load_weights(write(tmp_path, tensors()), rounding=Rounding("int4"))
     kept = {name: weight for name, weight in weights.items() if isinstance(weight, Quantized)}
     assert {name for name, weight in kept.items() if weight.group == 0} == {"embedding", "head"}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("block_size", [0, 16], ids=["plain", "native"])
+@pytest.mark.parametrize(("head", "loss"), [("none", 0.003), ("int8", 0.01), ("int4", 0.08)])
+def test_embedding_and_head_in_a_format_of_their_own(
+    tmp_path: Path, head: str, loss: float, block_size: int, tied: bool
+) -> None:
+    """Rows of the one and products of the other are as close to the checkpoint's numbers as the format allows."""
+    stored = tensors()
+    table = stored["model.embed_tokens.weight"]
+    matrix = table if tied else stored["lm_head.weight"]
+    if tied:
+        del stored["lm_head.weight"]
+    folder = write(tmp_path, stored, dtype="bfloat16", head_dim=16, tie_word_embeddings=tied)
+    model = loader.load(folder, rounding=Rounding("int8", head, "bf16"), block_size=block_size)
+    ids, x = torch.tensor([3, 0, 39, 3]), torch.randn(5, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    assert (model._embedding(ids).float() - table[ids]).norm() <= loss * table[ids].norm()
+    exact = x.float() @ matrix.T
+    lost = (model.logits(x) - exact).norm() / exact.norm()
+    assert lost <= loss
+    assert head != "int4" or lost > 0.03
 
 
 @pytest.mark.parametrize("block_size", [0, 16], ids=["plain", "native"])
@@ -129,7 +167,7 @@ def test_packed_weights_take_no_more_than_their_bits(tmp_path: Path) -> None:
     """A table that is embedding and head is there once. Sizes are whole panels, so that nothing is filled up."""
     folder = random_model(tmp_path, vocab_size=288, hidden_size=64, intermediate_size=96)
     bf16, int8, int4 = (
-        loader.load(folder, "bfloat16", quantize=each, block_size=16) for each in ("none", "int8", "int4")
+        loader.load(folder, "bfloat16", rounding=Rounding(each), block_size=16) for each in ("none", "int8", "int4")
     )
     if not bf16.native:
         pytest.skip("the native kernels are not built")
@@ -143,9 +181,18 @@ def test_packed_weights_take_no_more_than_their_bits(tmp_path: Path) -> None:
     assert int4.weight_bytes == norms + sum((four | {"embedding": eight["embedding"]}).values())
 
 
+def test_activations_of_every_quantized_weight(tmp_path: Path) -> None:
+    """Of those that a checkpoint brings too."""
+    folder = write(tmp_path, quantized_tensors(), quantization_config=W8A8)
+    _, weights = loader.load_weights(folder, rounding=Rounding("int4", activations="bf16"))
+    kept = {name: weight.activations for name, weight in weights.items() if isinstance(weight, Quantized)}
+    assert set(kept.values()) == {"bf16"}
+    assert {"embedding", "layers.0.mlp.down"} <= kept.keys()
+
+
 def test_a_format_that_there_is_not(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        loader.load_weights(write(tmp_path, tensors()), quantize="int5")
+        loader.load_weights(write(tmp_path, tensors()), rounding=Rounding("int5"))
     assert caught.value.code == "unknown_choice"
 
 
@@ -161,10 +208,35 @@ def test_a_quantized_checkpoint_stays_as_it_is(tmp_path: Path) -> None:
         gate_up.whole(), torch.cat([stored[f"{LAYER}mlp.{part}_proj.weight"] for part in ("gate", "up")])
     )
     assert isinstance(weights["embedding"], Tensor)
-    _, rounded = loader.load_weights(folder, quantize="int4")
+    _, rounded = loader.load_weights(folder, rounding=Rounding("int4"))
     assert isinstance(rounded["embedding"], Quantized)
     assert isinstance(down := rounded["layers.0.mlp.down"], Quantized)
     assert down.group == 0
+
+
+@pytest.mark.parametrize("said", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_layout_is_packed_with_its_own_numbers(tmp_path: Path, said: dict[str, Any]) -> None:
+    scheme, generator = read_scheme(said), torch.Generator().manual_seed(3)
+    stored = {name: weight for name, weight in tensors().items() if name.removeprefix(LAYER)[:-7] not in LINEAR}
+    for name, shape in LINEAR.items():
+        for part, size in tensor_shapes(scheme, shape).items():
+            if "scale" in part:
+                made = torch.rand(size, generator=generator).half() / 64 + 0.01
+            elif part == "weight":
+                made = torch.randint(-127, 128, size, generator=generator).char()
+            else:
+                made = torch.randint(-(2**31), 2**31, size, generator=generator).int()
+            stored[f"{LAYER}{name}.{part}"] = made
+    folder = write(tmp_path, stored, quantization_config=said, dtype="bfloat16", head_dim=16)
+    _, weights = loader.load_weights(folder)
+    model = loader.load(folder, block_size=16)
+    if not model.native:
+        pytest.skip("the native kernels are not built")
+    for name, packed in (("attention.out", model._blocks[0].out), ("mlp.down", model._blocks[0].down)):
+        read = weights[f"layers.0.{name}"]
+        assert isinstance(read, Quantized)
+        assert packed.format == ("int4" if scheme.bits == 4 else "int8")
+        assert torch.equal(packed.dequantize(), read.dequantize())
 
 
 def test_a_layer_that_the_checkpoint_leaves_alone(tmp_path: Path) -> None:

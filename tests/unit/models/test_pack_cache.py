@@ -15,6 +15,7 @@ pytest.importorskip("tokenmill.kernels.cpu._native", reason="the native kernels 
 
 from tokenmill.models import loader
 from tokenmill.models.decoder import Decoder
+from tokenmill.quant.scheme import Rounding
 from tokenmill.testing import random_model
 
 quantized = pytest.mark.parametrize("quantize", ["none", "int8", "int4"])
@@ -26,8 +27,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return random_model(tmp_path / "model")
 
 
-def load(folder: Path, quantize: str = "none", cache: bool = True) -> Decoder:
-    decoder = loader.load(folder, "bfloat16", quantize=quantize, block_size=16, pack_cache=cache)
+def load(folder: Path, quantize: str = "none", cache: bool = True, **rounding: str) -> Decoder:
+    chosen = Rounding(quantize, **rounding)
+    decoder = loader.load(folder, "bfloat16", rounding=chosen, block_size=16, pack_cache=cache)
     assert decoder.native
     return decoder
 
@@ -59,6 +61,34 @@ def test_a_start_from_the_cache_is_the_same_model(folder: Path, quantize: str) -
     assert same(plain, first)
     assert same(plain, second)
     assert plain.weight_bytes == second.weight_bytes
+
+
+def test_each_format_of_the_head_has_its_file(folder: Path) -> None:
+    """Formats that are the same by whatever option share it."""
+    for head in ("auto", "int8", "int4", "none"):
+        first = load(folder, "int4", quantize_head=head)
+        assert same(first, load(folder, "int4", cache=False, quantize_head=head))
+        assert same(first, load(folder, "int4", quantize_head=head))
+    names = {file.name for file in kept(folder).parent.iterdir()}
+    assert names == {f"int4{head}.safetensors" for head in ("", "-head-int4", "-head-bf16")}
+
+
+def test_a_file_of_another_rounding_is_not_taken(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load(folder, "int4", quantize_head="int4")
+    kept(folder, "int4-head-int4").rename(kept(folder, "int4"))
+    with caplog.at_level(logging.WARNING):
+        again = load(folder, "int4")
+    assert "made anew" in caplog.text
+    assert same(again, load(folder, "int4", cache=False))
+
+
+def test_activations_leave_the_packed_weights_as_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(folder, "int4")
+    plain = load(folder, "int4", cache=False, activations="bf16")
+    monkeypatch.setattr(loader.Checkpoint, "read", None)
+    again = load(folder, "int4", activations="bf16")
+    assert same(again, plain)
+    assert not torch.equal(outcome(again), outcome(load(folder, "int4")))
 
 
 def test_nothing_is_written_unless_asked_for(folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tokenmill.errors import ModelError
-from tokenmill.quant.scheme import FORMATS, Scheme, format_of, read_scheme
+from tokenmill.quant.scheme import FORMATS, Rounding, Scheme, read_scheme
 
 W4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
 
@@ -65,6 +65,7 @@ def test_each_dialect_is_read(said: dict[str, Any], meant: Scheme) -> None:
         (compressed(weights={"strategy": "tensor"}), "per tensor"),
         (compressed("int-quantized"), "int-quantized"),
         (compressed(transform_config={"R1": {}}), "rotated"),
+        (compressed(sparsity_config={"format": "dense"}), "sparse"),
         (compressed(config_groups={"a": {}, "b": {}}), "2 config_groups"),
     ],
 )
@@ -84,9 +85,17 @@ def test_listing_formats_and_reading_schemes_needs_no_torch() -> None:
     assert {"int4", "int8"} <= set(FORMATS.names())
 
 
-def test_formats_of_a_models_matrices() -> None:
-    chosen = {
-        quantize: [format_of(name, quantize) for name in ("embedding", "head", "layers.3.mlp.down")]
-        for quantize in ("none", "int8", "int4")
-    }
-    assert chosen == {"none": ["none"] * 3, "int8": ["int8"] * 3, "int4": ["int8", "int8", "int4"]}
+@pytest.mark.parametrize(
+    ("quantize", "head", "chosen"),
+    [
+        ("none", "auto", ["none", "none", "none"]),
+        ("int8", "auto", ["int8", "int8", "int8"]),
+        ("int4", "auto", ["int8", "int8", "int4"]),
+        ("int4", "int4", ["int4", "int4", "int4"]),
+        ("int4", "none", ["none", "none", "int4"]),
+        ("none", "int8", ["int8", "int8", "none"]),
+    ],
+)
+def test_formats_of_a_models_matrices(quantize: str, head: str, chosen: list[str]) -> None:
+    rounding = Rounding(quantize, head)
+    assert [rounding.format_of(name) for name in ("embedding", "head", "layers.3.mlp.down")] == chosen

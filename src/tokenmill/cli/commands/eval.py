@@ -37,6 +37,9 @@ _AT_ONCE = 64
 _LIKELIEST = 64
 """Tokens whose probabilities are compared at each place of a text."""
 
+_ROUNDING = ("quantize", "quantize_head", "activations")
+"""Options that the model compared with is without."""
+
 _COMPARED = 24
 """Windows of text that two models are compared on: 24,000 places say the mean to a few per cent."""
 
@@ -148,7 +151,8 @@ def run(
                 "unknown_choice", f"There is no task {kind!r}. {did_you_mean(kind, evaluate.KINDS)}", "task"
             )
     held_out = list(corpus.held_out_files())[:files]
-    original = dataclasses.replace(engine.model, model=against or engine.model.model, quantize="none")
+    unrounded: dict[str, Any] = {name: getattr(ModelConfig, name) for name in _ROUNDING}
+    original = dataclasses.replace(engine.model, model=against or engine.model.model, **unrounded)
     plain = dataclasses.replace(engine, model=original)
     compared = engine != plain
 
@@ -165,7 +169,7 @@ def run(
     measured = measure(engine)
     told: dict[str, Any] = {
         "model": engine.model.model,
-        "quantize": engine.model.quantize,
+        **{name: getattr(engine.model, name) for name in _ROUNDING},
         **dataclasses.asdict(measured.result),
     }
     tables = [_table(measured.result, _which(engine.model) if compared else "")]
@@ -187,7 +191,12 @@ def run(
 
 
 def _which(model: ModelConfig) -> str:
-    return escape(model.model if model.quantize == "none" else f"{model.model} in {model.quantize}")
+    said = [model.model if model.quantize == "none" else f"{model.model} in {model.quantize}"]
+    if model.quantize_head != ModelConfig.quantize_head:
+        said.append(f"{model.quantize_head} head")
+    if model.activations != ModelConfig.activations:
+        said.append(f"{model.activations} activations")
+    return escape(", ".join(said))
 
 
 def _loss(base: evaluate.Evaluation, other: evaluate.Evaluation) -> float | None:
@@ -215,4 +224,4 @@ def _table(result: evaluate.Evaluation, which: str) -> Table:
     return table
 
 
-COMMAND = Command(run, common=("model", "dtype", "quantize", "threads", "max_num_seqs"))
+COMMAND = Command(run, common=("model", "dtype", "quantize", "quantize_head", "activations", "threads", "max_num_seqs"))

@@ -41,13 +41,13 @@ void bind_linear(nb::module_& m) {
             "__init__",
             [](Weight* self, Format format, int n, int k, bool gated, int panels, int depth, std::uintptr_t data,
                std::uintptr_t scales, std::uintptr_t bias, int group, std::uintptr_t multipliers,
-               std::uintptr_t offsets) {
+               std::uintptr_t offsets, bool bf16_rows) {
                 new (self) Weight{format, n, k, gated, panels, depth, at<void>(data), at<float>(scales),
                                   at<float>(bias), group, at<std::uint8_t>(multipliers),
-                                  at<std::uint8_t>(offsets)};
+                                  at<std::uint8_t>(offsets), bf16_rows};
             },
             "format"_a, "n"_a, "k"_a, "gated"_a, "panels"_a, "depth"_a, "data"_a, "scales"_a, "bias"_a, "group"_a,
-            "multipliers"_a, "offsets"_a)
+            "multipliers"_a, "offsets"_a, "bf16_rows"_a)
         .def("linear", &run, "x"_a, "stride"_a, "m"_a, "epilogue"_a, "out"_a, "out_stride"_a, Release())
         .def(
             "pack",

@@ -1,7 +1,9 @@
 #include "linear.h"
 
+#include "linear_int4.h"
 #include "linear_rows.h"
 #include "linear_tiles.h"
+#include "linear_widened.h"
 #include "threads.h"
 #include "vec.h"
 
@@ -18,10 +20,9 @@ constexpr int kThin = 0;
 #endif
 constexpr int kUnit = 4;  // panels of a task at most
 constexpr int kUnpacking = kRows < 8 ? kRows : 8;  // rows up to which int4 is unpacked in registers
-constexpr int kPanel = 32;
 constexpr int kTasks = 16;   // per thread, if there are enough panels: few enough that a task reads on and on
 constexpr std::int64_t kNearRows = 1 << 19;  // bytes of rows that stay in the second-level cache,
-constexpr int kFewRows = 96;                 // and rows that are too few to read all panels for
+constexpr int kLeastRows = 96;                 // and rows that are too few to read all panels for
 constexpr int kNear = 4096;  // bytes to ask for ahead of time where weights come from memory and are used once
 
 template <class T>
@@ -108,32 +109,6 @@ void dots_int8(const Weight& w, const std::uint8_t* data, int panel, const Rows&
         }
     }
     scale<R, 2 * P>(w, panel, rows, row, column, sum, tile);
-}
-
-// What turns the four-bit q of one group and 16 outputs into w + 128: multipliers in all 16-bit lanes, as they are and
-// times 16, and 128 - b in all bytes.
-struct Group {
-    I multiplier, multiplier16, shift;
-};
-
-Group load_group(const Weight& w, std::int64_t place) {
-    const I m = widen_bytes(w.multipliers + place);
-    const I b = w.offsets != nullptr ? widen_bytes(w.offsets + place) : shift_right<1>(m);
-    const I shift = iset(128) - b;
-    const I pairs = m | shift_left<16>(m);
-    const I twice = shift | shift_left<8>(shift);
-    return {pairs, shift_left<4>(pairs), twice | shift_left<16>(twice)};
-}
-
-// Four nibbles n3 n2 n1 n0 lie in each 16 bits: n2 and n0 are the even and the odd byte of the first quad, n3 and n1
-// those of the second. The multiplication itself moves a product to the place of its byte: the high half of (n2 << 8) *
-// (m << 4) and of (n3 << 12) * m is the even byte, bits 8 to 15 of n0 * (m << 4) and of (n1 << 4) * m are the odd one.
-void unpack(I nibbles, const Group& g, I& first, I& second) {
-    const I odd = iset(static_cast<std::int32_t>(0xff00ff00u));
-    const I n0 = nibbles & iset(0x000f000f), n1 = nibbles & iset(0x00f000f0);
-    const I n2 = nibbles & iset(0x0f000f00), n3 = nibbles & iset(static_cast<std::int32_t>(0xf000f000u));
-    first = add_bytes(multiply_high16(n2, g.multiplier16) | (multiply_low16(n0, g.multiplier16) & odd), g.shift);
-    second = add_bytes(multiply_high16(n3, g.multiplier) | (multiply_low16(n1, g.multiplier) & odd), g.shift);
 }
 
 template <int R>
@@ -448,7 +423,7 @@ int chunk_rows([[maybe_unused]] const Weight& w, const Rows& rows, int m) {
     }
 #endif
     const int fit = static_cast<int>(kNearRows / rows.stride);
-    const int most = fit > kFewRows ? fit : kFewRows, chunks = (m + most - 1) / most;
+    const int most = fit > kLeastRows ? fit : kFewRows, chunks = (m + most - 1) / most;
     return (m + chunks - 1) / chunks;
 }
 
@@ -456,10 +431,10 @@ int chunk_rows([[maybe_unused]] const Weight& w, const Rows& rows, int m) {
 
 void linear(const Weight& w, const Rows& rows, int m, Epilogue epilogue, void* out, std::int64_t out_stride) {
     if (m == 0) return;
-    const bool tiled = by_tiles(w, m);
+    const bool tiled = by_tiles(as_rows_see(w), m);
     const int unit = m <= kThin && !tiled ? kUnit : 2;
     const int units = (w.panels + unit - 1) / unit;
-    const int of_chunk = chunk_rows(w, rows, m), chunks = (m + of_chunk - 1) / of_chunk;
+    const int of_chunk = chunk_rows(as_rows_see(w), rows, m), chunks = (m + of_chunk - 1) / of_chunk;
     const int parts = units < kTasks * thread_count() ? units : kTasks * thread_count();
     const Output output{w, epilogue, out, out_stride};
     parallel(parts * chunks, [&](int task, int thread) {
@@ -471,6 +446,11 @@ void linear(const Weight& w, const Rows& rows, int m, Epilogue epilogue, void* o
 #endif
         for (int panel = static_cast<int>(std::int64_t{units} * part / parts) * unit; panel < last; panel += unit) {
             const int panels = w.panels - panel < unit ? w.panels - panel : unit;
+            if (w.bf16_rows) {
+                float* sums = Widened{w, rows, begin, end, panel, panels, thread}.sums();
+                output.finish(panel, panels, begin, end - begin, {sums, panels * kPanel, kPanel});
+                continue;
+            }
             const Unit one{w, rows, begin, end, panel, panels, output, thread};
 #if defined(__AMX_TILE__)
             if (tiled) {

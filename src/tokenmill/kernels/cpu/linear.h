@@ -12,8 +12,9 @@
 // The arithmetic of int8 and int4 is that of integers: int4 is stored as q of four bits and, per group of inputs and
 // output, a multiplier m and an offset b, and stands for the int8 weight (q * m >> 4) - b. Activations are rounded to
 // int8 with a scale per row. An output is one exact integer sum, scaled once: output n of row r is sum * scales[n] *
-// rows.scales[r]. In bf16 an output is one chain of dot products over K. So a row's result is the same whatever else is
-// computed with it.
+// rows.scales[r]. In bf16 an output is one chain of dot products over K. Weights of whole numbers can have that too,
+// with rows of bf16: w is a number of bf16, and the sum is scaled by scales[n]. So a row's result is the same whatever
+// else is computed with it.
 #pragma once
 
 #include <cstddef>
@@ -38,6 +39,7 @@ struct Weight {
     int group;      // int4: inputs per multiplier, a multiple of 32
     std::uint8_t* multipliers;  // int4: [panels][depth / group][32]
     std::uint8_t* offsets;      // int4: the same shape; null means multiplier / 2, which makes q = 8 a zero
+    bool bf16_rows;             // int8 and int4: whether rows stay bf16
 };
 
 // Activations made ready for a weight's format.
@@ -63,7 +65,7 @@ enum class Epilogue {
 TOKENMILL_KERNEL(rows_bytes, std::size_t(const Weight&, int m));
 
 // Makes m rows x of bf16, `stride` elements apart, ready for the weight. The result points into scratch or, where
-// nothing had to be done, to x. A row with a NaN or an infinity becomes one whose results are all NaN in int8 and int4.
+// nothing had to be done, to x. Where rows are int8, one with a NaN or an infinity becomes one whose results are all NaN.
 TOKENMILL_KERNEL(prepare_rows, Rows(const Weight&, const bf16* x, std::int64_t stride, int m, void* scratch));
 
 // out[m][n], `out_stride` elements from row to row. Columns past n are not written.

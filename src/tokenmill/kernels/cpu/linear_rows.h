@@ -6,6 +6,14 @@
 
 namespace tokenmill::TOKENMILL_ISA {
 
+constexpr int kPanel = 32;  // outputs that lie together
+
+// The weight that rows are made ready for: one of bf16 if they stay that.
+inline Weight as_rows_see(Weight w) {
+    if (w.bf16_rows) w.format = Format::bf16;
+    return w;
+}
+
 // The first `count` of 16 lanes, and zeros.
 inline F get_some(const bf16* in, int count) {
     if (count >= 16) return load(in);

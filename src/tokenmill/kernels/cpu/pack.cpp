@@ -117,7 +117,7 @@ void put_panel(const Matrix& from, const Weight& w, int panel, float* x) {
 // is that of quant/formats/int4.py.
 
 constexpr int kLanes = 16;
-constexpr float kShares[] = {0.97f, 0.93f, 0.89f, 0.85f, 0.8f};  // of a group's range that the levels span at first
+constexpr float kShares[] = {0.96f, 0.9f, 0.83f};  // of a group's range that the levels span at first
 constexpr float kPlaces[] = {0.0f, 0.5f, 1.0f};  // of the part that they do not: how much lies below them
 constexpr int kFits = 2;                         // after the first, of the best levels
 

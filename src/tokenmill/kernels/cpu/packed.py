@@ -4,10 +4,12 @@ A weight is packed once and used many times. Its form in memory is described in 
 hold it and the calls that use it. Formats:
 
 * ``bf16``: products of bfloat16, summed up in float32;
-* ``int8``: weights of 8 bits with a float32 scale per output, times activations that are rounded to 8 bits with a scale
-  per row at each call;
+* ``int8``: weights of 8 bits with a float32 scale per output;
 * ``int4``: weights of 4 bits in groups along the inputs; a group has an 8-bit multiplier and, unless symmetric, an
   8-bit offset, which make it a group of 8-bit weights, and the rest is as in ``int8``.
+
+Weights of whole numbers meet activations that are rounded to 8 bits with a scale per row at each call, or that stay
+bfloat16, which holds the whole numbers too: see `PackedWeight.taking`.
 
 A row's result depends on nothing but the row and the weight: not on other rows, threads or how rows are cut into calls.
 """
@@ -45,6 +47,7 @@ class PackedWeight:
         inputs: K.
         gated: the rows are those of a gate and then as many of an up projection, for `gated`.
         group: inputs per group; only for ``int4``.
+        activations: ``int8`` or ``bf16``, for ``int8`` and ``int4``; see the module's docstring.
         tensors: ``data`` uint8, ``bias`` float32 if there is one, and by format ``scales`` float32, ``multipliers`` and
             ``offsets`` uint8, all flat, as `pack` makes them. They are used, not copied.
 
@@ -53,13 +56,21 @@ class PackedWeight:
     """
 
     def __init__(
-        self, format: Format, outputs: int, inputs: int, gated: bool, group: int, tensors: Mapping[str, Tensor]
+        self,
+        format: Format,
+        outputs: int,
+        inputs: int,
+        gated: bool,
+        group: int,
+        tensors: Mapping[str, Tensor],
+        activations: str = "int8",
     ) -> None:
         self.format = format
         self.outputs = outputs
         self.inputs = inputs
         self.is_gated = gated
         self.group = group
+        self.activations = activations
         self.tensors = dict(tensors)
         panels, depth = _padded(format, outputs, inputs, gated, group)
         sizes = _sizes(format, outputs, inputs, gated, group)
@@ -84,6 +95,13 @@ class PackedWeight:
             group,
             address("multipliers"),
             address("offsets"),
+            format != "bf16" and activations == "bf16",
+        )
+
+    def taking(self, activations: str) -> PackedWeight:
+        """The same weight, sharing its memory, for activations rounded to ``int8`` or ``bf16``."""
+        return PackedWeight(
+            self.format, self.outputs, self.inputs, self.is_gated, self.group, self.tensors, activations
         )
 
     @property
@@ -154,6 +172,7 @@ def pack(
     group: int = 32,
     symmetric: bool = False,
     importance: Tensor | None = None,
+    activations: str = "int8",
 ) -> PackedWeight:
     """Rounds a weight to a format and packs it.
 
@@ -166,6 +185,7 @@ def pack(
         symmetric: whether groups of ``int4`` do without offsets, for 0.25 bits less per weight in groups of 32.
         importance: [K] float32, not negative: what an error at each input counts when ``int4`` chooses ranges, for
             example the mean square of the activations. None counts all the same.
+        activations: ``int8`` or ``bf16``, for ``int8`` and ``int4``; see the module's docstring.
 
     Raises:
         ValueError: for a shape, type or group that is not listed here.
@@ -184,7 +204,7 @@ def pack(
         weight.stride(0),
         0 if importance is None else importance.data_ptr(),
     )
-    return packed
+    return packed.taking(activations)
 
 
 def _padded(format: Format, outputs: int, inputs: int, gated: bool, group: int) -> tuple[int, int]:

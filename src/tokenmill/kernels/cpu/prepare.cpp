@@ -56,12 +56,14 @@ void quantize_row(const bf16* x, int k, int depth, std::int8_t* out, float& scal
 
 }  // namespace
 
-std::size_t rows_bytes(const Weight& w, int m) {
+std::size_t rows_bytes(const Weight& weight, int m) {
+    const Weight w = as_rows_see(weight);
     if (as_they_are(w, m)) return 0;
     return data_bytes(w, m) + (w.format == Format::bf16 ? 0 : 2 * numbers_bytes(m));
 }
 
-Rows prepare_rows(const Weight& w, const bf16* x, std::int64_t stride, int m, void* memory) {
+Rows prepare_rows(const Weight& weight, const bf16* x, std::int64_t stride, int m, void* memory) {
+    const Weight w = as_rows_see(weight);
     if (as_they_are(w, m)) return {x, 2 * stride, nullptr, nullptr, m, false};
     auto* data = static_cast<char*>(memory);
     const auto row_bytes = static_cast<std::int64_t>(row_stride(w));
@@ -79,8 +81,9 @@ Rows prepare_rows(const Weight& w, const bf16* x, std::int64_t stride, int m, vo
             } else if (tiled && w.k == w.depth) {
                 row = reinterpret_cast<const char*>(x + r * stride);
             } else {
-                std::memcpy(out, x + r * stride, 2 * static_cast<std::size_t>(w.k));
-                if (w.depth > w.k) reinterpret_cast<bf16*>(out)[w.k] = 0;
+                const std::size_t bytes = 2 * static_cast<std::size_t>(w.k);
+                std::memcpy(out, x + r * stride, bytes);
+                std::memset(out + bytes, 0, 2 * static_cast<std::size_t>(w.depth) - bytes);
             }
 #if defined(__AMX_TILE__)
             if (tiled) put_in_tiles(row, r, m, TileSteps(w), data);

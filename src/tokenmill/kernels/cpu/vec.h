@@ -103,6 +103,7 @@ inline I load(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }
 inline void store(std::int32_t* p, I a) { _mm512_storeu_si512(p, a); }
 inline I operator+(I a, I b) { return {_mm512_add_epi32(a, b)}; }
 inline F to_float(I a) { return {_mm512_cvtepi32_ps(a)}; }
+inline I bits(F a) { return {_mm512_castps_si512(a.v)}; }
 inline I to_int(F a) { return {_mm512_cvtps_epi32(a.v)}; }  // rounds to nearest even
 inline void store_int8(std::int8_t* p, I a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a));
@@ -229,6 +230,7 @@ inline void store(std::int32_t* p, I x) {
 }
 inline I operator+(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline I bits(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 inline I to_int(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 inline void store_int8(std::int8_t* p, I x) {
     alignas(32) std::int32_t lanes[16];
@@ -374,6 +376,11 @@ inline I operator+(I a, I b) {
 }
 inline F to_float(I a) {
     return lanes<F>([&](int i) { return static_cast<float>(a.v[i]); });
+}
+inline I bits(F a) {
+    I r;
+    std::memcpy(r.v, a.v, sizeof(r.v));
+    return r;
 }
 inline I to_int(F a) {
     return lanes<I>([&](int i) { return static_cast<std::int32_t>(std::nearbyint(a.v[i])); });

@@ -25,7 +25,7 @@ __all__ = ["FORMAT", "Int4", "grid", "pack"]
 _CHUNK = 2**18
 """Weights handled at once: few enough for the temporaries to stay in the cache."""
 
-_SHARES = (0.97, 0.93, 0.89, 0.85, 0.8)
+_SHARES = (0.96, 0.9, 0.83)
 """Shares of a group's range that the levels may span at first. They are fitted then, so a coarse choice is enough."""
 
 _PLACES = (0.0, 0.5, 1.0)

@@ -8,6 +8,7 @@ from tokenmill.bench import evaluate
 from tokenmill.cli.commands import eval as command
 from tokenmill.cli.commands.eval import Evaluated, divergence
 from tokenmill.cli.main import main
+from tokenmill.quant.scheme import Rounding
 
 
 @pytest.fixture
@@ -57,6 +58,21 @@ def test_the_table_has_a_row_for_every_task(llm, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert [kind for kind in evaluate.KINDS if kind not in shown] == []
     assert "bits per byte" in shown
+
+
+def test_how_a_model_is_rounded_is_told(llm, monkeypatch, capsys):
+    loaded = []
+    monkeypatch.setattr(command, "load", lambda config: loaded.append(config.model.rounding) or llm)
+    monkeypatch.setenv("COLUMNS", "120")
+    ask = ["eval", "--quantize", "int4", "--quantize-head", "int4", "--activations", "bf16", "-n", "1", "--files", "1"]
+    with pytest.raises(SystemExit):
+        main([*ask, "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert [told[name] for name in ("quantize", "quantize_head", "activations")] == ["int4", "int4", "bf16"]
+    assert loaded == [Rounding("int4", "int4", "bf16"), Rounding()]
+    with pytest.raises(SystemExit):
+        main(ask)
+    assert "demo in int4, int4 head, bf16 activations" in capsys.readouterr().out
 
 
 def test_a_misspelt_task_is_told_before_the_model_is_loaded(monkeypatch, capsys):

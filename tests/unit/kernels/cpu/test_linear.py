@@ -25,6 +25,9 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int4_symmetric": {"format": "int4", "symmetric": True},
     "int4_group64": {"format": "int4", "group": 64},
     "int4_group128": {"format": "int4", "group": 128, "symmetric": True},
+    "int8_bf16": {"format": "int8", "activations": "bf16"},
+    "int4_bf16": {"format": "int4", "activations": "bf16"},
+    "int4_group128_bf16": {"format": "int4", "group": 128, "symmetric": True, "activations": "bf16"},
 }
 SHAPES = [(1, 1), (7, 33), (33, 7), (100, 100), (31, 257), (224, 320)]
 ROWS = [1, 2, 3, 4, 6, 7, 8, 13, 31, 64, 150]
@@ -53,10 +56,14 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(x.float() * inverse).double(), (largest / 127).double()
 
 
+def in_whole_numbers(packed: PackedWeight) -> bool:
+    return packed.format != "bf16" and packed.activations == "int8"
+
+
 def expected(packed: PackedWeight, x: Tensor) -> Tensor:
     """x W^T in float64, of exactly the numbers that the kernel multiplies."""
     weight = packed.dequantize().double()
-    if packed.format == "bf16":
+    if not in_whole_numbers(packed):
         return x.double() @ weight.T
     q, scale = rounded(x)
     return q @ weight.T * scale
@@ -65,7 +72,7 @@ def expected(packed: PackedWeight, x: Tensor) -> Tensor:
 def close(actual: Tensor, wanted: Tensor, packed: PackedWeight, x: Tensor) -> None:
     """Within the rounding of float32 sums and scales, relative to the size of what was summed up."""
     size = x.double().abs() @ packed.dequantize().double().abs().T
-    unit = 2.0**-23 * (8 if packed.format != "bf16" else 4 + packed.inputs**0.5)
+    unit = 2.0**-23 * (8 if in_whole_numbers(packed) else 4 + packed.inputs**0.5)
     if actual.dtype == torch.bfloat16:
         assert ((actual.double() - wanted).abs() <= wanted.abs() * 2.0**-8 + size * unit + 1e-30).all()
     else:
@@ -277,6 +284,8 @@ def test_bytes() -> None:
     weight = torch.zeros(1024, 1024)
     sizes = {name: pack(weight, **how).nbytes * 8 / weight.numel() for name, how in FORMATS.items()}
     scales = 32 / 1024
+    for name in ("int8", "int4", "int4_group128"):
+        assert sizes.pop(f"{name}_bf16") == sizes[name]
     assert sizes == {
         "bf16": 16,
         "int8": 8 + scales,
@@ -293,6 +302,17 @@ def test_a_packed_weight_lives_on_in_its_tensors() -> None:
     again = PackedWeight("int4", 50, 96, False, 32, copies)
     x = random(3, 96, seed=2).bfloat16()
     assert torch.equal(again.linear(x), packed.linear(x))
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_bf16_activations_lose_nothing_to_rounding(format: Any) -> None:
+    """One input that is far larger than the others takes all steps of a row of 8 bits, and none of bf16."""
+    x = random(3, 96, seed=1).bfloat16()
+    x[:, 5] = 1000
+    rounds = pack(random(40, 96), format)
+    exact = x.double() @ rounds.dequantize().double().T
+    lost, kept = ((each.linear_f32(x).double() - exact).norm() for each in (rounds, rounds.taking("bf16")))
+    assert kept < 1e-3 * lost
 
 
 def test_wrong_use_is_refused() -> None:
@@ -330,7 +350,8 @@ results = {"isa": _native.isa()}
 case = torch.load(sys.argv[1])
 x = case["x"]
 for name, how in case["formats"].items():
-    weight = PackedWeight(how["format"], 100, 96, False, how.get("group", 32), case["packed"][name])
+    tensors, activations = case["packed"][name], how.get("activations", "int8")
+    weight = PackedWeight(how["format"], 100, 96, False, how.get("group", 32), tensors, activations)
     results[name] = {"linear": weight.linear_f32(x), "dequantized": pack(case["weight"], **how).dequantize()}
 torch.save(results, sys.argv[2])
 """
@@ -348,10 +369,10 @@ def test_instruction_sets_agree(isa: str, tmp_path: Path) -> None:
     assert results["isa"] == isa
     for name, one in packed.items():
         result = results[name]
-        if one.format == "bf16":
-            close(result["linear"], expected(one, x), one, x)
-        else:
+        if in_whole_numbers(one):
             assert torch.equal(result["linear"], one.linear_f32(x)), "integers are exact"
+        else:
+            close(result["linear"], expected(one, x), one, x)
         assert (result["dequantized"] - weight).norm() <= (one.dequantize() - weight).norm() * 1.001
 
 
