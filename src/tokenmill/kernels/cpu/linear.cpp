@@ -22,7 +22,7 @@ constexpr int kUnit = 4;  // panels of a task at most
 constexpr int kUnpacking = kRows < 8 ? kRows : 8;  // rows up to which int4 is unpacked in registers
 constexpr int kTasks = 16;   // per thread, if there are enough panels: few enough that a task reads on and on
 constexpr std::int64_t kNearRows = 1 << 19;  // bytes of rows that stay in the second-level cache,
-constexpr int kLeastRows = 96;                 // and rows that are too few to read all panels for
+constexpr int kLeastRows = 96;               // and rows that are too few to read all panels for
 constexpr int kNear = 4096;  // bytes to ask for ahead of time where weights come from memory and are used once
 
 template <class T>
@@ -423,7 +423,7 @@ int chunk_rows([[maybe_unused]] const Weight& w, const Rows& rows, int m) {
     }
 #endif
     const int fit = static_cast<int>(kNearRows / rows.stride);
-    const int most = fit > kLeastRows ? fit : kFewRows, chunks = (m + most - 1) / most;
+    const int most = fit > kLeastRows ? fit : kLeastRows, chunks = (m + most - 1) / most;
     return (m + chunks - 1) / chunks;
 }
 
