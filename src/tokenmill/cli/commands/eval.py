@@ -1,7 +1,7 @@
 """Measure how accurate a model is on the built-in tasks.
 
 Each accuracy comes with its 95 % interval; the tasks depend on the seed alone, so two models are asked the same. With
-``--quantize`` the model as it is is measured too, and with ``--against`` another one, and the two are compared.
+``--quantize`` or ``--kv-dtype`` the model as it is is measured too, and with ``--against`` another one, and the two are compared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from tokenmill.cli.terminal import load, notes
 from tokenmill.engine.config import EngineConfig
 from tokenmill.errors import ConfigError, did_you_mean
 from tokenmill.llm import LLM
-from tokenmill.models.config import ModelConfig
 from tokenmill.models.demo import corpus
 from tokenmill.text.chat import encode_chat
 from tokenmill.types import RequestOutput, SamplingParams
@@ -149,7 +148,7 @@ def run(
             )
     held_out = list(corpus.held_out_files())[:files]
     original = dataclasses.replace(engine.model, model=against or engine.model.model, quantize="none")
-    plain = dataclasses.replace(engine, model=original)
+    plain = dataclasses.replace(engine, model=original, cache=dataclasses.replace(engine.cache, kv_dtype="auto"))
     compared = engine != plain
 
     def measure(config: EngineConfig) -> _Measured:
@@ -166,15 +165,16 @@ def run(
     told: dict[str, Any] = {
         "model": engine.model.model,
         "quantize": engine.model.quantize,
+        "kv_dtype": engine.cache.kv_dtype,
         **dataclasses.asdict(measured.result),
     }
-    tables = [_table(measured.result, _which(engine.model) if compared else "")]
+    tables = [_table(measured.result, _which(engine) if compared else "")]
     if compared:
         base = measure(plain)
         told["against"] = {"model": original.model, **dataclasses.asdict(base.result)}
         told["kl_nats"] = divergence(base.likeliest, measured.likeliest)
         told["relative_loss"] = _loss(base.result, measured.result)
-        tables = [_table(base.result, _which(original)), *tables]
+        tables = [_table(base.result, _which(plain)), *tables]
     if as_json:
         print(json.dumps(told))
         return 0
@@ -186,8 +186,10 @@ def run(
     return 0
 
 
-def _which(model: ModelConfig) -> str:
-    return escape(model.model if model.quantize == "none" else f"{model.model} in {model.quantize}")
+def _which(engine: EngineConfig) -> str:
+    model, kv = engine.model, engine.cache.kv_dtype
+    weights = "" if model.quantize == "none" else f" in {model.quantize}"
+    return escape(model.model + weights + ("" if kv == "auto" else f" with KV in {kv}"))
 
 
 def _loss(base: evaluate.Evaluation, other: evaluate.Evaluation) -> float | None:
@@ -215,4 +217,4 @@ def _table(result: evaluate.Evaluation, which: str) -> Table:
     return table
 
 
-COMMAND = Command(run, common=("model", "dtype", "quantize", "threads", "max_num_seqs"))
+COMMAND = Command(run, common=("model", "dtype", "quantize", "kv_dtype", "threads", "max_num_seqs"))
