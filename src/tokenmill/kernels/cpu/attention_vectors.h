@@ -26,8 +26,14 @@ constexpr int kMostVectors = vectors_for(1);
 // as whole numbers.
 inline F dot(F sum, const bf16* elements, std::uint32_t pair) { return dot_bf16(sum, elements, pair); }
 inline I dot(I sum, const std::int8_t* elements, std::uint32_t pair) { return dot_s16(sum, elements, pair); }
-inline void clear(F& sum) { sum = zero(); }
-inline void clear(I& sum) { sum = izero(); }
+template <class S>
+S nothing() {
+    if constexpr (std::is_same_v<S, F>) {
+        return zero();
+    } else {
+        return izero();
+    }
+}
 inline void keep(float* to, F sum) { store(to, sum); }
 inline void keep(float* to, I sum) { store_bytes(to, sum); }
 template <class E>
@@ -43,7 +49,7 @@ void score(const std::uint32_t* q, int pairs, const E* const* keys, const E* con
     constexpr int N = vectors_for(M);
     Sum<E> sums[M][N];
     for (int m = 0; m < M; ++m) {
-        for (int n = 0; n < N; ++n) clear(sums[m][n]);
+        for (int n = 0; n < N; ++n) sums[m][n] = nothing<Sum<E>>();
     }
     const E* from[N];
     for (int n = 0; n < N; ++n) from[n] = keys[n];
@@ -53,7 +59,9 @@ void score(const std::uint32_t* q, int pairs, const E* const* keys, const E* con
             for (int n = 0; n < N; ++n) sums[m][n] = dot(sums[m][n], from[n] + pair * stride, q[m]);
         }
     }
+#pragma GCC unroll 16  // else sums stay in memory too
     for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
         for (int n = 0; n < N; ++n) keep(to + m * kScoreStride + n * kGroup, sums[m][n]);
     }
 }
@@ -66,8 +74,14 @@ std::uint32_t pair_at(const W* weights, int position) {
 }
 
 // Where the sums of values begin and how they end: floats go on from what is there, whole numbers from 0.
-inline void begin_sum(F& sum, const float* out) { sum = load(out); }
-inline void begin_sum(I& sum, const float*) { clear(sum); }
+template <class S>
+S begin_sum(const float* out) {
+    if constexpr (std::is_same_v<S, F>) {
+        return load(out);
+    } else {
+        return izero();
+    }
+}
 inline void end_sum(F sum, const float*, float* out) { store(out, sum); }
 inline void end_sum(I sum, const float* step, float* out) { store(out, to_float(sum) * set(*step)); }
 
@@ -78,7 +92,7 @@ void add_values(const Weight<E>* weights, const E* const* values, int column, in
                 const float* steps, float* out) {
     Sum<E> sums[M][N];
     for (int m = 0; m < M; ++m) {
-        for (int n = 0; n < N; ++n) begin_sum(sums[m][n], out + m * width + n * kGroup);
+        for (int n = 0; n < N; ++n) sums[m][n] = begin_sum<Sum<E>>(out + m * width + n * kGroup);
     }
     for (int p = begin; p < end;) {
         const int stop = std::min(end, (p / kGroup + 1) * kGroup);

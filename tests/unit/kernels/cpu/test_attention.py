@@ -29,6 +29,8 @@ def threads() -> Iterator[None]:
 
 KINDS = (torch.bfloat16, torch.int8)
 """Types of a cache."""
+TOLERANCE = {torch.bfloat16: 4e-3, torch.int8: 8e-3}
+"""AMX rounds even the largest weight of an int8 value to bfloat16: the weight is multiplied by the value's scale."""
 
 
 def stored(x: Tensor, kind: torch.dtype) -> Tensor:
@@ -223,7 +225,7 @@ def test_queries_get_the_exact_average_but_for_rounding(shape: str, kind: torch.
     case = sequences(LENGTHS, **SHAPES[shape], kind=kind)
     results = case.attend([(row, 0, length) for row, length in enumerate(LENGTHS)])
     for row, result in enumerate(results):
-        torch.testing.assert_close(result.double(), case.exact(row), rtol=1e-2, atol=4e-3)
+        torch.testing.assert_close(result.double(), case.exact(row), rtol=1e-2, atol=TOLERANCE[kind])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -255,7 +257,7 @@ def test_a_long_context_is_the_same_over_any_number_of_threads(threads_: int, ki
     expected = case.attend([(0, 4999, 5000)])[0]
     _native.set_thread_count(threads_)
     assert torch.equal(expected, case.attend([(0, 4999, 5000)])[0])
-    torch.testing.assert_close(expected[0].double(), case.exact(0, first=4999)[0], rtol=1e-2, atol=4e-3)
+    torch.testing.assert_close(expected[0].double(), case.exact(0, first=4999)[0], rtol=1e-2, atol=TOLERANCE[kind])
 
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -3e38])
@@ -318,7 +320,7 @@ def test_int8_keeps_the_shape_of_values_of_any_size(factor: float) -> None:
     keys = whole_kv.dequantize(whole_kv.quantize(case.keys[0].bfloat16()))
     result = case.attend([(0, 0, 200)])[0]
     exact = replace(case, keys=[keys], values=[values]).exact(0)
-    torch.testing.assert_close(result.double(), exact, rtol=1e-2, atol=4e-3 * factor)
+    torch.testing.assert_close(result.double(), exact, rtol=1e-2, atol=TOLERANCE[torch.int8] * factor)
 
 
 def test_tokens_that_no_row_owns_give_zeros() -> None:
