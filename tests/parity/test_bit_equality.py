@@ -49,7 +49,20 @@ def model(request, tmp_path_factory):
     return folder
 
 
-def serve(model, requests, *, dtype, quantize, kv="auto", threads=1, chunk=512, caching=True, late=(), preempt_at=-1, **scheduler):
+def serve(
+    model,
+    requests,
+    *,
+    dtype,
+    quantize,
+    kv="auto",
+    threads=1,
+    chunk=512,
+    caching=True,
+    late=(),
+    preempt_at=-1,
+    **scheduler,
+):
     """Serves requests together and returns {id: (tokens, every log probability)} and the engine."""
     config = build(
         EngineConfig,

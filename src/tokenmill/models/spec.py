@@ -260,8 +260,9 @@ def kv_layout(spec: ModelSpec, block_size: int, dtype_bytes: int, quantized: boo
 
         block_bytes = buffers * 2 * block_size * kv_heads * row_bytes
 
-    with ``row_bytes`` of `kv_row_bytes`. A model with one kind of layer has one group and one buffer per layer. gemma3's 22 layers with a window and 4
-    without make 4 buffers and 6 + 1 groups, the last group with a window leaving two buffers of its blocks unused.
+    with ``row_bytes`` of `kv_row_bytes`. A model with one kind of layer has one group and one buffer per layer.
+    gemma3's 22 layers with a window and 4 without make 4 buffers and 6 + 1 groups, the last group with a window leaving
+    two buffers of its blocks unused.
 
     Raises:
         ModelError: ``unsupported_model`` when layers differ in key heads or head size.

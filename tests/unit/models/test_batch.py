@@ -26,7 +26,9 @@ def test_the_buffers_have_the_bytes_of_the_layout() -> None:
 
 def test_a_quantized_cache_holds_int8_and_a_scale_for_every_row() -> None:
     assert whole_kv.SCALE_BYTES == KV_SCALE_BYTES
-    made = KVCache(replace(LAYOUT, block_bytes=2 * 2 * 4 * 3 * 9, quantized=True), 7, torch.float32, torch.device("cpu"))
+    made = KVCache(
+        replace(LAYOUT, block_bytes=2 * 2 * 4 * 3 * 9, quantized=True), 7, torch.float32, torch.device("cpu")
+    )
     assert all(tensor.dtype == torch.int8 and tensor.shape == (7, 3, 4, 9) for tensor in (*made.keys, *made.values))
     assert sum(tensor.nbytes for tensor in (*made.keys, *made.values)) == 7 * 2 * 2 * 4 * 3 * 9
 

@@ -1,7 +1,8 @@
 """Measure how accurate a model is on the built-in tasks.
 
 Each accuracy comes with its 95 % interval; the tasks depend on the seed alone, so two models are asked the same. With
-``--quantize`` or ``--kv-dtype`` the model as it is is measured too, and with ``--against`` another one, and the two are compared.
+``--quantize`` or ``--kv-dtype`` the model as it is is measured too, and with ``--against`` another one, and the two are
+compared.
 """
 
 from __future__ import annotations

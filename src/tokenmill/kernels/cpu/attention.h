@@ -7,8 +7,8 @@
 //
 // so scores are sums over pairs of dimensions and outputs are sums over pairs of tokens, with no shuffle in between.
 //
-// Elements are bf16, or int8 between -127 and 127. Behind those of a block then stand float32 scales, one per token: what
-// is meant is element * scale. A key or value that was not finite has a scale that is NaN.
+// Elements are bf16, or int8 between -127 and 127. Behind those of a block then stand float32 scales, one per token:
+// what is meant is element * scale. A key or value that was not finite has a scale that is NaN.
 #pragma once
 
 #include <cstdint>

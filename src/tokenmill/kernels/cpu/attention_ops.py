@@ -2,8 +2,8 @@
 
 A cache keeps its shape [B, Hk, S, D], one contiguous tensor for keys and one for values, but inside a block of one head
 the elements stand in the order that the native kernels read: keys as [D / 2, S, 2], values as [S / 2, D, 2]. Behind the
-elements of an int8 block, [B, Hk, S, D + 4], stand its scales (`kernels.whole_kv`), [S] float32. What is written here must
-be read here; `pack_keys` and `pack_values` and their inverses convert from and to plain order.
+elements of an int8 block, [B, Hk, S, D + 4], stand its scales (`kernels.whole_kv`), [S] float32. What is written here
+must be read here; `pack_keys` and `pack_values` and their inverses convert from and to plain order.
 """
 
 from __future__ import annotations
@@ -47,9 +47,7 @@ class PackedCache:
         width = row - SCALE_BYTES if keys.dtype == torch.int8 else row
         self.keys = keys
         self.values = values
-        self.native = _native.KVBlocks(
-            _FORMATS[keys.dtype], keys.data_ptr(), values.data_ptr(), heads, size, width
-        )
+        self.native = _native.KVBlocks(_FORMATS[keys.dtype], keys.data_ptr(), values.data_ptr(), heads, size, width)
 
     def write(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """`kernels.kv_write`: mutates keys and values.

@@ -133,7 +133,8 @@ template <class E>
 class ByTiles {
   public:
     static std::int64_t bytes(int width) {
-        return 4 * kRows * kScoreStride + 2 * kRows * width + (kWhole ? kWide * kTileRows * kTileBytes : kEdges * 2 * kGroup * width);
+        const int own = kWhole ? kWide * kTileRows * kTileBytes : kEdges * 2 * kGroup * width;
+        return 4 * kRows * kScoreStride + 2 * kRows * width + own;
     }
 
     ByTiles(void* memory, int width)
@@ -166,7 +167,8 @@ class ByTiles {
     void weigh(const Span<E>& span, int row, float& largest, float& total) const;
     void add_weighted_values(const Span<E>& span, const Partial& to);
     void add_finite_values(const Span<E>& span, const Partial& to);
-    void add_values(const Span<E>& span, int first_row, int rows, int begin, int end, const E* const* values, float* out);
+    void add_values(const Span<E>& span, int first_row, int rows, int begin, int end, const E* const* values,
+                    float* out);
     void ask_ahead(const Span<E>& span, int piece) const;
 
     // A tile of the cache as the tile unit loads it: `depth` rows of 32 elements, `stride` elements apart. Of the tiles
@@ -189,7 +191,7 @@ class ByTiles {
     int width_;
     float* scores_;  // [kRows, kScoreStride]; weights as bf16 take the place of the scores
     bf16* q_;        // [kRows, width]
-    bf16* own_;      // bf16: [kEdges][kGroup / 2, width, 2], groups of which not all tokens are seen; int8: [kWide] tiles
+    bf16* own_;      // of bf16 [kEdges][kGroup / 2, width, 2], groups not all of whose tokens are seen; of int8 [kWide] tiles
     Tiles tiles_;
 };
 
@@ -209,7 +211,7 @@ template <class E>
         } else if (then < 2 * count) {
             from[one] = span.values[span.begin + then - count];
         } else {
-            from[one] = span.after[std::min(then - 2 * count, kBeyond - 1)];
+            from[one] = span.values[span.end + std::min(then - 2 * count, kBeyond - 1)];
         }
     }
     const int lines = width_ / 2 / pairs / kAhead, first = piece % kAhead * lines;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention_vectors.h"
+#include "bound.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 
@@ -25,19 +26,12 @@ class ByWholeNumbers {
     // Row r of the tile is q[r], [width].
     void take(const bf16* const* q, int rows) {
         for (int row = 0; row < rows; ++row) {
-            F most = zero(), finite = zero();
-            for (int d = 0; d < width_; d += 16) {
-                const F value = load(q[row] + d);
-                most = max(most, abs(value));
-                finite = fma(value, zero(), finite);  // 0 * NaN and 0 * infinity are NaN
-            }
-            const float bound = largest(most), broken = sum(finite);
-            const bool some = broken == 0 && bound >= kLeast;
-            const F steps = set(some ? static_cast<float>(largest_q_) / bound : 0.0f);
-            q_step_[row] = some ? bound / static_cast<float>(largest_q_) : broken;
+            Bound bound;
+            for (int d = 0; d < width_; d += 16) bound.add(load(q[row] + d));
+            const float step = q_step_[row] = bound.step(largest_q_);
             for (int d = 0; d < width_; d += 16) {
                 std::int16_t whole[16] = {};
-                if (some) store_int16(whole, to_int(load(q[row] + d) * steps));
+                if (step > 0) store_int16(whole, to_int(load(q[row] + d) * set(1 / step)));
                 for (int i = 0; i < 8; ++i) std::memcpy(q_ + (d / 2 + i) * rows + row, whole + 2 * i, 4);
             }
         }
@@ -61,8 +55,6 @@ class ByWholeNumbers {
     }
 
   private:
-    static constexpr float kLeast = 1e-30f;  // what is smaller counts as 0: its inverse must be finite
-
     float weigh(const Span<std::int8_t>& span, int row, float& largest, float& total) const;
 
     int width_, largest_q_;
@@ -92,27 +84,24 @@ inline float ByWholeNumbers::weigh(const Span<std::int8_t>& span, int row, float
     largest_score = cap_and_hide(span, row, scores);
 
     const F at = set(largest_score), hidden = set(kHidden);
-    F sums = zero(), most = zero(), finite = zero();
+    F sums = zero();
+    Bound bound;
     for (int p = begin; p < end; p += kGroup) {
         const F score = load(scores + p), weight = exp(score - at);
         // Nobody knows the scale of a token that is not seen.
         const F scaled = choose_less(hidden, score, weight * load(span.value_scales[p / kGroup]), zero());
         sums = sums + weight;
-        most = max(most, scaled);
-        finite = fma(scaled, zero(), finite);
+        bound.add(scaled);
         store(scores + p, scaled);
     }
     total = sum(sums);
-    const float bound = largest(most), broken = sum(finite);
-    const bool some = broken == 0 && bound >= kLeast;
-    const F steps = set(some ? 32767 / bound : 0.0f);
+    const float unit = bound.step(32767);
     std::fill(weights + span.begin * kGroup, weights + begin, std::int16_t{0});
     for (int p = begin; p < end; p += kGroup) {
-        const I whole = some ? to_int(load(scores + p) * steps) : izero();
-        store_int16(weights + p, whole);
+        store_int16(weights + p, unit > 0 ? to_int(load(scores + p) * set(1 / unit)) : izero());
     }
     std::fill(weights + end, weights + span.end * kGroup, std::int16_t{0});
-    return some ? bound / 32767 : broken;
+    return unit;
 }
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -2,13 +2,11 @@
 
 #include <cstring>
 
+#include "bound.h"
 #include "threads.h"
-#include "vec.h"
 
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
-
-constexpr float kLeastBound = 1e-30f;  // a key or value with nothing as large counts as zeros: scales must not lose bits
 
 // Tokens t to t + count - 1, whose places in a block follow each other, of one head. The places of the block are written
 // in the order of memory.
@@ -37,24 +35,19 @@ void write_values(const bf16* v, std::int64_t stride, int count, int place, int 
     }
 }
 
-// Elements of one token of one head as whole numbers of `scale`: to(d, numbers d and d + 1) for even d.
+// Makes elements of one token of one head whole numbers, calls to(d, numbers d and d + 1) for even d, and returns their
+// scale.
 template <class To>
 float quantize(const bf16* x, int width, To&& to) {
-    F most = zero(), finite = zero();
-    for (int d = 0; d < width; d += 16) {
-        const F value = load(x + d);
-        most = max(most, abs(value));
-        finite = fma(value, zero(), finite);  // 0 * NaN and 0 * infinity are NaN
-    }
-    const float bound = largest(most);
-    const bool some = sum(finite) == 0 && bound >= kLeastBound;
-    const float scale = bound / 127;
+    Bound bound;
+    for (int d = 0; d < width; d += 16) bound.add(load(x + d));
+    const float scale = bound.step(127);
     for (int d = 0; d < width; d += 16) {
         std::int8_t whole[16] = {};
-        if (some) store_int8(whole, to_int(load(x + d) / set(scale)));
+        if (scale > 0) store_int8(whole, to_int(load(x + d) / set(scale)));
         for (int i = 0; i < 16; i += 2) to(d + i, whole + i);
     }
-    return some ? scale : sum(finite);
+    return scale;
 }
 
 // The same for int8: elements and scale of each token.

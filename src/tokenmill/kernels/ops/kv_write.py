@@ -4,8 +4,8 @@
 
 Mutates both caches: token t goes to offset ``slots[t] % S`` of block ``slots[t] // S``. A negative slot skips its
 token. Slots that are not negative are distinct. Values are cast to the dtype of the caches; caches of int8 are
-[B, Hk, S, D + 4] and hold them as `kernels.whole_kv` says. The paged layout is that of PagedAttention (Kwon et al., arXiv
-2309.06180) with all tokens of a head side by side within a block.
+[B, Hk, S, D + 4] and hold them as `kernels.whole_kv` says. The paged layout is that of PagedAttention (Kwon et al.,
+arXiv 2309.06180) with all tokens of a head side by side within a block.
 """
 
 from __future__ import annotations

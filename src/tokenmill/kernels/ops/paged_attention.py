@@ -14,9 +14,10 @@ tokens, whose keys and values are already in the cache: position p in block ``bl
 * Cache positions that no query of a row sees may hold anything, NaN too; table entries for them may be any number.
 
 Nothing is mutated. Both caches have one dtype and are contiguous; q may have another dtype. Caches of int8 are
-[B, Hk, S, D + 4] and hold keys and values as `kernels.whole_kv` says. If all are bfloat16, both matmuls take and give bfloat16, as in the "eager" attention of other libraries, while scores are scaled, capped and
-summed up in float32; otherwise everything is float32. In float32 a query's result is bit-equal whatever else is in the
-batch and however its prompt was cut into chunks.
+[B, Hk, S, D + 4] and hold keys and values as `kernels.whole_kv` says. If all are bfloat16, both matmuls take and give
+bfloat16, as in the "eager" attention of other libraries, while scores are scaled, capped and summed up in float32;
+otherwise everything is float32. In float32 a query's result is bit-equal whatever else is in the batch and however its
+prompt was cut into chunks.
 
 The reference computes the online softmax of FlashAttention (Dao et al., arXiv 2205.14135) over tiles: a few queries of
 one row against a span of cached tokens that starts at a multiple of its length. A loop runs over spans; all tiles do a
