@@ -32,5 +32,6 @@ def quantize(x: Tensor) -> Tensor:
 
 def dequantize(rows: Tensor) -> Tensor:
     """int8 [..., D + 4] to float32 [..., D]."""
-    scales = rows[..., -SCALE_BYTES:].contiguous().view(torch.float32)
+    # A copy, because a view needs bytes that begin at a multiple of four.
+    scales = rows[..., -SCALE_BYTES:].clone(memory_format=torch.contiguous_format).view(torch.float32)
     return rows[..., :-SCALE_BYTES] * scales

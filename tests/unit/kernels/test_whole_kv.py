@@ -1,7 +1,7 @@
 """Keys and values as whole numbers of a scale."""
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenmill.kernels.whole_kv import SCALE_BYTES, dequantize, quantize
@@ -9,6 +9,7 @@ from tokenmill.kernels.whole_kv import SCALE_BYTES, dequantize, quantize
 LARGEST = 2.0**127
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-LARGEST, LARGEST, width=32), min_size=1, max_size=40))
 def test_an_element_is_met_to_half_a_127th_of_the_largest(values):
     x = torch.tensor(values)
@@ -21,6 +22,7 @@ def test_an_element_is_met_to_half_a_127th_of_the_largest(values):
     assert rows[:-SCALE_BYTES].min() >= -127
 
 
+@settings(deadline=None)
 @given(st.floats(2.0**-96, LARGEST, width=32), st.sampled_from([-1.0, 1.0]))
 def test_equal_elements_are_met_but_for_the_rounding_of_the_scale(value, sign):
     x = torch.full((3, 24), value * sign)
