@@ -161,9 +161,9 @@ void Attention<E>::meet_spans(const Task& task, const Task& next, Workspace& wor
     for (int number = task.begin; number < task.end; ++number) {
         Span<E> span = span_of(tile, number);
         if (number + 1 < task.end) {
-            first_keys(tile, number + 1, span.values + span.end);
+            first_keys(tile, number + 1, span.after);
         } else {
-            first_keys(tiles_[next.tile], next.begin, span.values + span.end);
+            first_keys(tiles_[next.tile], next.begin, span.after);
         }
         if (tile.partial >= 0) {
             work.way.meet(span, partial(tile, number));
@@ -225,9 +225,10 @@ Span<E> Attention<E>::span_of(const Tile& tile, int number) const {
             span.value_scales[group] = reinterpret_cast<const float*>(values + elements) + place;
         }
     });
-    std::fill_n(span.keys, span.begin, span.keys[span.begin]);
-    std::fill_n(span.keys + span.end, kGroups + kBeyond - span.end, span.keys[span.end - 1]);
-    std::fill_n(span.values, span.begin, span.values[span.begin]);
+    for (auto& lie : {span.keys, span.values}) {
+        std::fill_n(lie, span.begin, lie[span.begin]);
+        std::fill_n(lie + span.end, kGroups + kBeyond - span.end, lie[span.end - 1]);
+    }
     return span;
 }
 

@@ -54,10 +54,10 @@ struct Span {
     float scale, softcap;
     Seen seen[kRows];
     int begin, end;  // groups of which some row sees something
-    // Where the groups lie. Before `begin` stand repetitions of the first; from `end` on those of the last key, and beside
-    // the values the first keys that will be wanted when this span is done.
+    // Where the groups lie; before `begin` and from `end` on stand repetitions of the first and of the last.
     const E* keys[kGroups + kBeyond];
     const E* values[kGroups + kBeyond];
+    const E* after[kBeyond];  // keys that will be wanted when this span is done
     // Of int8, the scales of the tokens of a group; left alone for bf16.
     const float* key_scales[kGroups];
     const float* value_scales[kGroups];

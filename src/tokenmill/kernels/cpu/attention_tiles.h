@@ -211,7 +211,7 @@ template <class E>
         } else if (then < 2 * count) {
             from[one] = span.values[span.begin + then - count];
         } else {
-            from[one] = span.values[span.end + std::min(then - 2 * count, kBeyond - 1)];
+            from[one] = span.after[std::min(then - 2 * count, kBeyond - 1)];
         }
     }
     const int lines = width_ / 2 / pairs / kAhead, first = piece % kAhead * lines;
