@@ -48,7 +48,20 @@ def linear(x, weight, bias):
     return out if bias is None else out + bias.double()
 
 
+def quantized(x):
+    """int8 elements and float32 scales of keys or values [..., D]."""
+    scale = x.double().abs().amax(-1, keepdim=True) / 127
+    return (x.double() / scale).round().to(torch.int8), scale.float()
+
+
+def read(cache):
+    if cache.dtype != torch.int8:
+        return cache.double()
+    return cache[..., :-4].double() * cache[..., -4:].clone().view(torch.float32).double()
+
+
 def paged_attention(q, k_cache, v_cache, block_table, query_start, context_lens, scale, window, softcap):
+    k_cache, v_cache = read(k_cache), read(v_cache)
     out = torch.zeros(q.shape, dtype=torch.float64)
     kv_heads, block_size = k_cache.shape[1:3]
     group = q.shape[1] // kv_heads
@@ -114,7 +127,11 @@ def check_kv_write(caches, k, v, k_cache, v_cache, slots):
         for token, slot in enumerate(slots.tolist()):
             if slot >= 0:
                 block, offset = divmod(slot, before.shape[2])
-                expected[block, :, offset] = new[token]
+                if before.dtype == torch.int8:
+                    elements, scale = quantized(new[token])
+                    expected[block, :, offset] = torch.cat((elements, scale.view(torch.int8)), -1)
+                else:
+                    expected[block, :, offset] = new[token]
         assert torch.equal(actual, expected)
 
 

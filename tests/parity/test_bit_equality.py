@@ -24,11 +24,14 @@ ROUNDING = {
     "int4 times bf16": {"quantize": "int4", "quantize_head": "int4", "activations": "bf16"},
 }
 FORMATS = [
-    ("float32", "none"),
-    ("float32", "int8"),
-    ("float32", "int4 times bf16"),
-    *(("bfloat16", quantize) for quantize in ROUNDING),
+    ("float32", "none", "auto"),
+    ("float32", "int8", "auto"),
+    ("float32", "int4 times bf16", "auto"),
+    ("float32", "none", "int8"),
+    *(("bfloat16", quantize, "auto") for quantize in ROUNDING),
+    ("bfloat16", "none", "int8"),
 ]
+"""Types of the model, how its weights are rounded, and of its KV."""
 TOKENS = 24
 PROMPT = 75
 
@@ -51,7 +54,20 @@ def model(request, tmp_path_factory):
     return folder
 
 
-def serve(model, requests, *, dtype, quantize, threads=1, chunk=512, caching=True, late=(), preempt_at=-1, **scheduler):
+def serve(
+    model,
+    requests,
+    *,
+    dtype,
+    quantize,
+    kv="auto",
+    threads=1,
+    chunk=512,
+    caching=True,
+    late=(),
+    preempt_at=-1,
+    **scheduler,
+):
     """Serves requests together and returns {id: (tokens, every log probability)} and the engine."""
     config = build(
         EngineConfig,
@@ -63,7 +79,7 @@ def serve(model, requests, *, dtype, quantize, threads=1, chunk=512, caching=Tru
                 "threads": threads,
                 "max_model_len": 128,
             },
-            "cache": {"block_size": BLOCK[dtype], "prefix_caching": caching, "memory_gib": 0.01},
+            "cache": {"block_size": BLOCK[dtype], "prefix_caching": caching, "memory_gib": 0.01, "kv_dtype": kv},
             "scheduler": {
                 "max_num_seqs": 16,
                 "max_num_batched_tokens": chunk,
@@ -100,11 +116,11 @@ def crowd(count: int, stem: int = 0) -> list[EngineRequest]:
     return [request(f"other-{i}", 100 + i, 5 + 9 * i % 90, min(stem, 5 + 9 * i % 90)) for i in range(count)]
 
 
-@pytest.mark.parametrize(("dtype", "quantize"), FORMATS)
+@pytest.mark.parametrize(("dtype", "quantize", "kv"), FORMATS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "seeded"])
-def test_an_answer_is_bit_equal_in_any_company(model, dtype, quantize, temperature):
+def test_an_answer_is_bit_equal_in_any_company(model, dtype, quantize, kv, temperature):
     def serve_all(requests, **options):
-        return serve(model, requests, dtype=dtype, quantize=quantize, **options)
+        return serve(model, requests, dtype=dtype, quantize=quantize, kv=kv, **options)
 
     target = request("target", 1, stem=40, temperature=temperature)
     alone, _ = serve_all([target])

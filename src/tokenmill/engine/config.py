@@ -25,6 +25,11 @@ class CacheConfig:
 
     block_size: int = option(16, "tokens per KV block", low=1, high=1024)
     memory_gib: float = option(0.0, "memory for the KV cache; 0 takes what is sensible here", low=0)
+    kv_dtype: str = option(
+        "auto",
+        "type of cached keys and values; auto is the model's, int8 takes half of bfloat16",
+        choices=("auto", "int8"),
+    )
     prefix_caching: bool = option(True, "keep and share the KV of equal prompt beginnings")
     eviction: str = option("lru", "which cached block goes first", choices=tuple(EVICTION))
     prefix_ttl_s: float = option(0.0, "seconds after which unused cached KV is dropped; 0 never", low=0)

@@ -38,7 +38,7 @@ def size_memory(
     Raises:
         ConfigError: ``kv_memory_too_small`` when the longest sequence asked for, or any, does not fit.
     """
-    layout = kv_layout(spec, config.cache.block_size, dtype_bytes)
+    layout = kv_layout(spec, config.cache.block_size, dtype_bytes, quantized=config.cache.kv_dtype == "int8")
     chunk = config.scheduler.max_num_batched_tokens
     longest = config.model.max_model_len or spec.max_position
     wanted = config.scheduler.max_num_seqs * layout.blocks_for(longest, chunk) * layout.block_bytes

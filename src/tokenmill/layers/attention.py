@@ -24,9 +24,9 @@ class KVView(NamedTuple):
     """What one layer needs to know about where the tokens of a batch live; see `kernels.paged_attention`."""
 
     k_cache: Tensor
-    """[B, Hk, S, D]"""
+    """[B, Hk, S, D], or int8 [B, Hk, S, D + 4]"""
     v_cache: Tensor
-    """[B, Hk, S, D]"""
+    """like k_cache"""
     slots: Tensor
     """[T] int64; where to write each token, negative for padding."""
     block_table: Tensor

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenmill.kernels.memory import zeros
-from tokenmill.models.spec import KVLayout
+from tokenmill.models.spec import KVLayout, kv_row_bytes
 
 __all__ = ["ForwardBatch", "KVCache"]
 
@@ -44,13 +44,15 @@ class KVCache:
     Args:
         layout: how layers share buffers (`spec.kv_layout`).
         num_blocks: block ids, from 0.
-        dtype: of keys and values.
+        dtype: of keys and values, unless the layout says that they are quantized: then int8.
         device: where they live.
     """
 
     def __init__(self, layout: KVLayout, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         self.num_blocks = num_blocks
-        shape = (num_blocks, layout.kv_heads, layout.block_size, layout.head_dim)
+        dtype = torch.int8 if layout.quantized else dtype
+        row = kv_row_bytes(layout.head_dim, dtype.itemsize, layout.quantized) // dtype.itemsize
+        shape = (num_blocks, layout.kv_heads, layout.block_size, row)
 
         def buffers() -> list[Tensor]:
             on_cpu = device.type == "cpu"
@@ -67,7 +69,10 @@ class KVCache:
         }
 
     def layer(self, index: int) -> tuple[Tensor, Tensor, int]:
-        """Keys and values, both [num_blocks, kv_heads, block_size, head_dim], and the KV group of a layer."""
+        """Keys and values, both [num_blocks, kv_heads, block_size, head_dim], and the KV group of a layer.
+
+        Quantized, rows are longer by the bytes of a scale; see `kernels.kv_write`.
+        """
         return self._layers[index]
 
     @torch.inference_mode()

@@ -16,7 +16,7 @@ class ModelConfig:
 
     model: str = option("demo", "`demo` for the built-in model, a folder, or a Hugging Face id")
     dtype: str = option(
-        "auto", "type of weights and KV; auto is the checkpoint's", choices=("auto", "float32", "bfloat16")
+        "auto", "type of weights and activations; auto is the checkpoint's", choices=("auto", "float32", "bfloat16")
     )
     quantize: str = option(
         "none",

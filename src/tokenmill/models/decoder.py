@@ -179,7 +179,7 @@ class Decoder:
         self._rope_of = [ropes.index(layer.attention.rope) for layer in spec.layers]
 
     def new_cache(self, layout: KVLayout, num_blocks: int) -> KVCache:
-        """An empty cache of the model's type on its device; `layout` is made for this model's spec."""
+        """An empty cache on the model's device, of its type or quantized; `layout` is made for this model's spec."""
         return KVCache(layout, num_blocks, self.dtype, self.device)
 
     @torch.inference_mode()

@@ -27,6 +27,7 @@ __all__ = [
     "is_norm",
     "kv_bytes_per_token",
     "kv_layout",
+    "kv_row_bytes",
     "parameters",
     "pool_blocks",
     "weight_bytes",
@@ -35,6 +36,9 @@ __all__ = [
 
 MAX_TOKENS = 2**31 - 1
 """Longest sequence that can be addressed at all: lengths are int32."""
+
+KV_SCALE_BYTES = 4
+"""A scale of quantized keys or values is a float32."""
 
 NORM_BYTES = 4
 """Norm weights are kept in float32 whatever the model's type: they are few, and gemma's ``1 + w`` needs the bits."""
@@ -182,9 +186,18 @@ def flops_per_token(spec: ModelSpec, context: int) -> int:
     return 2 * (layer_weights + spec.vocab_size * spec.hidden_size) + attention
 
 
-def kv_bytes_per_token(spec: ModelSpec, dtype_bytes: int) -> int:
-    """Bytes of keys and values that one token leaves behind in all layers: ``sum(2 * kv_heads * head_dim * bytes)``."""
-    return sum(2 * layer.attention.kv_size * dtype_bytes for layer in spec.layers)
+def kv_row_bytes(head_dim: int, dtype_bytes: int, quantized: bool = False) -> int:
+    """Bytes of the key, or the value, of one token and head: ``head_dim * bytes``, or quantized ``head_dim + 4``.
+
+    Quantized are int8 elements with a float32 scale behind them (`kernels.whole_kv`), whatever the model's type.
+    """
+    return head_dim + KV_SCALE_BYTES if quantized else head_dim * dtype_bytes
+
+
+def kv_bytes_per_token(spec: ModelSpec, dtype_bytes: int, quantized: bool = False) -> int:
+    """Bytes of keys and values that one token leaves behind in all layers: ``sum(2 * kv_heads * row_bytes)``."""
+    heads = (layer.attention for layer in spec.layers)
+    return sum(2 * each.kv_heads * kv_row_bytes(each.head_dim, dtype_bytes, quantized) for each in heads)
 
 
 @dataclass(frozen=True)
@@ -208,6 +221,8 @@ class KVLayout:
     head_dim: int
     buffers: int
     """Physical tensors of keys (and as many of values); layer j of any group uses buffer j."""
+    quantized: bool = False
+    """Whether keys and values are int8 with a scale per token and head, see `kv_row_bytes`."""
 
     def blocks_for(self, tokens: int, chunk: int) -> int:
         """Most blocks that one sequence holds at a time when it grows to `tokens`, at most `chunk` tokens a step.
@@ -234,17 +249,20 @@ class KVLayout:
         return bisect_right(range(MAX_TOKENS), blocks, key=lambda tokens: self.blocks_for(tokens, chunk)) - 1
 
 
-def kv_layout(spec: ModelSpec, block_size: int, dtype_bytes: int) -> KVLayout:
+def kv_layout(spec: ModelSpec, block_size: int, dtype_bytes: int, quantized: bool = False) -> KVLayout:
     """How the layers of `spec` share one pool of blocks of `block_size` tokens.
+
+    Keys and values are elements of `dtype_bytes`, or `quantized` to int8.
 
     Layers with the same window form a kind. So that all kinds draw from one pool, each kind is cut into groups of
     ``buffers`` layers, where ``buffers`` is the number of layers of the smallest kind; each group has its own block
     table, and a block id indexes any of the ``buffers`` physical tensors. Hence one size of block for every group:
 
-        block_bytes = buffers * 2 * block_size * kv_heads * head_dim * dtype_bytes
+        block_bytes = buffers * 2 * block_size * kv_heads * row_bytes
 
-    A model with one kind of layer has one group and one buffer per layer. gemma3's 22 layers with a window and 4
-    without make 4 buffers and 6 + 1 groups, the last group with a window leaving two buffers of its blocks unused.
+    with ``row_bytes`` of `kv_row_bytes`. A model with one kind of layer has one group and one buffer per layer.
+    gemma3's 22 layers with a window and 4 without make 4 buffers and 6 + 1 groups, the last group with a window leaving
+    two buffers of its blocks unused.
 
     Raises:
         ModelError: ``unsupported_model`` when layers differ in key heads or head size.
@@ -264,8 +282,8 @@ def kv_layout(spec: ModelSpec, block_size: int, dtype_bytes: int) -> KVLayout:
         for window, layers in kinds.items()
         for start in range(0, len(layers), buffers)
     )
-    block_bytes = buffers * 2 * block_size * kv_heads * head_dim * dtype_bytes
-    return KVLayout(groups, block_size, block_bytes, kv_heads, head_dim, buffers)
+    block_bytes = buffers * 2 * block_size * kv_heads * kv_row_bytes(head_dim, dtype_bytes, quantized)
+    return KVLayout(groups, block_size, block_bytes, kv_heads, head_dim, buffers, quantized)
 
 
 def pool_blocks(layout: KVLayout, budget_bytes: int) -> int:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from tokenmill.kernels import whole_kv
 from tokenmill.models.batch import KVCache
-from tokenmill.models.spec import KVGroup, KVLayout
+from tokenmill.models.spec import KV_SCALE_BYTES, KVGroup, KVLayout
 
 LAYOUT = KVLayout((KVGroup(8, (0, 1)), KVGroup(8, (3,)), KVGroup(None, (2, 4))), 4, 2 * 2 * 4 * 3 * 5 * 4, 3, 5, 2)
 
@@ -19,6 +22,15 @@ def test_the_buffers_have_the_bytes_of_the_layout() -> None:
     made = KVCache(LAYOUT, 7, torch.float32, torch.device("cpu"))
     assert sum(tensor.nbytes for tensor in (*made.keys, *made.values)) == 7 * LAYOUT.block_bytes
     assert all(tensor.shape == (7, 3, 4, 5) and not tensor.any() for tensor in (*made.keys, *made.values))
+
+
+def test_a_quantized_cache_holds_int8_and_a_scale_for_every_row() -> None:
+    assert whole_kv.SCALE_BYTES == KV_SCALE_BYTES
+    made = KVCache(
+        replace(LAYOUT, block_bytes=2 * 2 * 4 * 3 * 9, quantized=True), 7, torch.float32, torch.device("cpu")
+    )
+    assert all(tensor.dtype == torch.int8 and tensor.shape == (7, 3, 4, 9) for tensor in (*made.keys, *made.values))
+    assert sum(tensor.nbytes for tensor in (*made.keys, *made.values)) == 7 * 2 * 2 * 4 * 3 * 9
 
 
 def test_layers_of_a_group_have_buffers_of_their_own_and_groups_share_them() -> None:

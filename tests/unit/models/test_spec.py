@@ -72,6 +72,15 @@ def test_published_models_have_their_published_size(spec: ModelSpec, count: int,
     assert kv_bytes_per_token(spec, 2) == kv_bytes
 
 
+def test_quantized_keys_and_values_are_a_byte_per_element_and_a_scale_per_head() -> None:
+    heads = 28 * 2 * 8
+    assert kv_bytes_per_token(QWEN3_06B, 2, quantized=True) == heads * (128 + 4)
+    assert kv_bytes_per_token(QWEN3_06B, 4, quantized=True) == heads * (128 + 4)
+    layout = kv_layout(QWEN3_06B, 16, 2, quantized=True)
+    assert layout.quantized
+    assert layout.block_bytes == 16 * heads * (128 + 4)
+
+
 def test_weights_take_two_bytes_each_and_norms_four() -> None:
     norms = 28 * (2 * 1024 + 2 * 128) + 1024
     assert weight_bytes(QWEN3_06B, 2) == 2 * 596_049_920 + 2 * norms

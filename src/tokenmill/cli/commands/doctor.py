@@ -105,6 +105,7 @@ def _facts(found: dict[str, Any], here: Machine) -> Table:
         why = "torch sees no CUDA device" if torch["device"] == "cpu" else "the first CUDA device"
         table.add_row("device", f"{torch['device']} ({why}); --device chooses another")
         table.add_row("native kernels", _native(torch["native"]))
+        table.add_row("KV cache", "in the model's type; --kv-dtype int8 keeps it in about half of bfloat16's memory")
         table.add_row("dtype", f"{torch['dtype']} (the built-in model's own type; --dtype chooses another)")
     return table
 

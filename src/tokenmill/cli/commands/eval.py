@@ -1,7 +1,8 @@
 """Measure how accurate a model is on the built-in tasks.
 
 Each accuracy comes with its 95 % interval; the tasks depend on the seed alone, so two models are asked the same. With
-``--quantize`` the model as it is is measured too, and with ``--against`` another one, and the two are compared.
+``--quantize`` or ``--kv-dtype`` the model as it is is measured too, and with ``--against`` another one, and the two are
+compared.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from tokenmill.cli.terminal import load, notes
 from tokenmill.engine.config import EngineConfig
 from tokenmill.errors import ConfigError, did_you_mean
 from tokenmill.llm import LLM
-from tokenmill.models.config import ModelConfig
 from tokenmill.models.demo import corpus
 from tokenmill.text.chat import encode_chat
 from tokenmill.types import RequestOutput, SamplingParams
@@ -153,7 +153,7 @@ def run(
     held_out = list(corpus.held_out_files())[:files]
     unrounded: dict[str, Any] = {name: getattr(ModelConfig, name) for name in _ROUNDING}
     original = dataclasses.replace(engine.model, model=against or engine.model.model, **unrounded)
-    plain = dataclasses.replace(engine, model=original)
+    plain = dataclasses.replace(engine, model=original, cache=dataclasses.replace(engine.cache, kv_dtype="auto"))
     compared = engine != plain
 
     def measure(config: EngineConfig) -> _Measured:
@@ -170,15 +170,16 @@ def run(
     told: dict[str, Any] = {
         "model": engine.model.model,
         **{name: getattr(engine.model, name) for name in _ROUNDING},
+        "kv_dtype": engine.cache.kv_dtype,
         **dataclasses.asdict(measured.result),
     }
-    tables = [_table(measured.result, _which(engine.model) if compared else "")]
+    tables = [_table(measured.result, _which(engine) if compared else "")]
     if compared:
         base = measure(plain)
         told["against"] = {"model": original.model, **dataclasses.asdict(base.result)}
         told["kl_nats"] = divergence(base.likeliest, measured.likeliest)
         told["relative_loss"] = _loss(base.result, measured.result)
-        tables = [_table(base.result, _which(original)), *tables]
+        tables = [_table(base.result, _which(plain)), *tables]
     if as_json:
         print(json.dumps(told))
         return 0
@@ -190,12 +191,15 @@ def run(
     return 0
 
 
-def _which(model: ModelConfig) -> str:
+def _which(engine: EngineConfig) -> str:
+    model, kv = engine.model, engine.cache.kv_dtype
     said = [model.model if model.quantize == "none" else f"{model.model} in {model.quantize}"]
     if model.quantize_head != ModelConfig.quantize_head:
         said.append(f"{model.quantize_head} head")
     if model.activations != ModelConfig.activations:
         said.append(f"{model.activations} activations")
+    if kv != "auto":
+        said.append(f"KV in {kv}")
     return escape(", ".join(said))
 
 
@@ -224,4 +228,6 @@ def _table(result: evaluate.Evaluation, which: str) -> Table:
     return table
 
 
-COMMAND = Command(run, common=("model", "dtype", "quantize", "quantize_head", "activations", "threads", "max_num_seqs"))
+COMMAND = Command(
+    run, common=("model", "dtype", "quantize", "quantize_head", "activations", "kv_dtype", "threads", "max_num_seqs")
+)

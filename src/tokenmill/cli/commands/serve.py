@@ -40,6 +40,6 @@ COMMAND = Command(
     common=(
         *("host", "port", "served_model_name"),
         *("dtype", "device", "max_model_len"),
-        *("memory_gib", "policy", "batching", "max_num_seqs"),
+        *("memory_gib", "kv_dtype", "policy", "batching", "max_num_seqs"),
     ),
 )

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "attention_span.h"
@@ -14,16 +15,18 @@
 #if defined(__AMX_TILE__)
 #include "attention_tiles.h"
 #else
-#include "attention_vectors.h"
+#include "attention_whole.h"
 #endif
 
 namespace tokenmill::TOKENMILL_ISA {
 namespace {
 
 #if defined(__AMX_TILE__)
-using Way = ByTiles;
+template <class E>
+using WayOf = ByTiles<E>;
 #else
-using Way = ByVectors;
+template <class E>
+using WayOf = std::conditional_t<std::is_same_v<E, bf16>, ByVectors, ByWholeNumbers>;
 #endif
 
 struct Tile {
@@ -40,6 +43,7 @@ struct Task {
 };
 
 // What a thread computes a tile in.
+template <class Way>
 struct Workspace {
     Way way;
     Partial state, part;
@@ -51,7 +55,12 @@ struct Workspace {
           part(Partial::at(state.largest + Partial::floats(width))) {}
 };
 
+// Over a cache of elements E, bf16 or int8.
+template <class E>
 class Attention {
+    using Way = WayOf<E>;
+    using Workspace = tokenmill::TOKENMILL_ISA::Workspace<Way>;
+
   public:
     explicit Attention(const PagedAttention& call)
         : call_(call), width_(call.cache.width), group_(call.q_heads / call.cache.heads) {}
@@ -64,8 +73,8 @@ class Attention {
     void merge_spans(const Tile& tile, Workspace& work) const;
     void take_queries(const Tile& tile, Way& way) const;
     Seen seen(const Tile& tile, int index, int span) const;
-    Span span_of(const Tile& tile, int number) const;
-    void first_keys(const Tile& tile, int number, const bf16** keys) const;
+    Span<E> span_of(const Tile& tile, int number) const;
+    void first_keys(const Tile& tile, int number, const E** keys) const;
     template <class Found>
     void find_groups(const Tile& tile, int number, int begin, int end, Found&& found) const;
     void merge(const Partial& state, const Partial& part, int rows) const;
@@ -88,7 +97,8 @@ class Attention {
     float* partials_ = nullptr;  // of those spans
 };
 
-void Attention::run() {
+template <class E>
+void Attention<E>::run() {
     const int owned = call_.rows > 0 ? call_.query_start[call_.rows] : 0;
     const std::int64_t per_token = static_cast<std::int64_t>(call_.q_heads) * width_;
     std::memset(call_.out + owned * per_token, 0, (call_.tokens - owned) * per_token * sizeof(bf16));
@@ -105,7 +115,8 @@ void Attention::run() {
     });
 }
 
-void Attention::plan() {
+template <class E>
+void Attention<E>::plan() {
     int spans = 0;
     for (int row = 0; row < call_.rows; ++row) {
         const int all = queries(row) * group_;
@@ -143,11 +154,12 @@ void Attention::plan() {
     if (floats > 0) partials_ = static_cast<float*>(caller_scratch(floats * sizeof(float)));
 }
 
-void Attention::meet_spans(const Task& task, const Task& next, Workspace& work) const {
+template <class E>
+void Attention<E>::meet_spans(const Task& task, const Task& next, Workspace& work) const {
     const Tile& tile = tiles_[task.tile];
     take_queries(tile, work.way);
     for (int number = task.begin; number < task.end; ++number) {
-        Span span = span_of(tile, number);
+        Span<E> span = span_of(tile, number);
         if (number + 1 < task.end) {
             first_keys(tile, number + 1, span.after);
         } else {
@@ -165,27 +177,31 @@ void Attention::meet_spans(const Task& task, const Task& next, Workspace& work) 
     if (tile.partial < 0) finish(tile, work.state);
 }
 
-void Attention::merge_spans(const Tile& tile, Workspace& work) const {
+template <class E>
+void Attention<E>::merge_spans(const Tile& tile, Workspace& work) const {
     work.state.clear(tile.count, width_);
     for (int number = tile.begin; number < tile.end; ++number) merge(work.state, partial(tile, number), tile.count);
     finish(tile, work.state);
 }
 
-void Attention::take_queries(const Tile& tile, Way& way) const {
+template <class E>
+void Attention<E>::take_queries(const Tile& tile, Way& way) const {
     const bf16* rows[kRows];
     for (int index = 0; index < tile.count; ++index) rows[index] = call_.q + query_offset(tile, index);
     way.take(rows, tile.count);
 }
 
 // What a query row sees of a span.
-Seen Attention::seen(const Tile& tile, int index, int number) const {
+template <class E>
+Seen Attention<E>::seen(const Tile& tile, int index, int number) const {
     const int position = call_.context_lens[tile.row] - queries(tile.row) + (tile.first + index) / group_;
     const int low = call_.window > 0 ? std::max(0, position - call_.window + 1) : 0;
     return {std::max(low - number * kSpan, 0), std::min(position + 1 - number * kSpan, kSpan)};
 }
 
-Span Attention::span_of(const Tile& tile, int number) const {
-    Span span;
+template <class E>
+Span<E> Attention<E>::span_of(const Tile& tile, int number) const {
+    Span<E> span;
     span.rows = tile.count;
     span.width = width_;
     span.size = call_.cache.size;
@@ -200,9 +216,14 @@ Span Attention::span_of(const Tile& tile, int number) const {
     }
     span.begin = low / kGroup;
     span.end = (high + kGroup - 1) / kGroup;
-    find_groups(tile, number, span.begin, span.end, [&](int group, const bf16* keys, const bf16* values) {
-        span.keys[group] = keys;
-        span.values[group] = values;
+    find_groups(tile, number, span.begin, span.end, [&](int group, const char* keys, const char* values, int place) {
+        span.keys[group] = reinterpret_cast<const E*>(keys) + 2 * place;
+        span.values[group] = reinterpret_cast<const E*>(values) + place * width_;
+        if constexpr (std::is_same_v<E, std::int8_t>) {
+            const int elements = span.size * width_;
+            span.key_scales[group] = reinterpret_cast<const float*>(keys + elements) + place;
+            span.value_scales[group] = reinterpret_cast<const float*>(values + elements) + place;
+        }
     });
     for (auto& lie : {span.keys, span.values}) {
         std::fill_n(lie, span.begin, lie[span.begin]);
@@ -212,26 +233,28 @@ Span Attention::span_of(const Tile& tile, int number) const {
 }
 
 // The first keys of a span that a tile sees.
-void Attention::first_keys(const Tile& tile, int number, const bf16** keys) const {
+template <class E>
+void Attention<E>::first_keys(const Tile& tile, int number, const E** keys) const {
     const int begin = seen(tile, 0, number).low / kGroup;
     const int end = (seen(tile, tile.count - 1, number).high + kGroup - 1) / kGroup;
     const int count = std::min(end - begin, kBeyond);
-    find_groups(tile, number, begin, begin + count, [&](int group, const bf16* from, const bf16*) {
-        keys[group - begin] = from;
+    find_groups(tile, number, begin, begin + count, [&](int group, const char* from, const char*, int place) {
+        keys[group - begin] = reinterpret_cast<const E*>(from) + 2 * place;
     });
     std::fill_n(keys + count, kBeyond - count, keys[count - 1]);
 }
 
-// Calls found(group, its keys, its values) for groups of a span.
+// Calls found(group, keys of its block and head, values, the place of its first token there) for groups of a span.
+template <class E>
 template <class Found>
-void Attention::find_groups(const Tile& tile, int number, int begin, int end, Found&& found) const {
+void Attention<E>::find_groups(const Tile& tile, int number, int begin, int end, Found&& found) const {
     const KVBlocks& cache = call_.cache;
     const int position = number * kSpan + begin * kGroup;
     const std::int32_t* block = call_.block_table + tile.row * call_.table_stride + position / cache.size;
     int place = position % cache.size;
     for (int group = begin; group < end; ++group) {
         const std::int64_t offset = cache.offset(*block, tile.head);
-        found(group, cache.keys + offset + 2 * place, cache.values + offset + place * width_);
+        found(group, cache.keys + offset, cache.values + offset, place);
         place += kGroup;
         if (place == cache.size) {
             place = 0;
@@ -241,7 +264,8 @@ void Attention::find_groups(const Tile& tile, int number, int begin, int end, Fo
 }
 
 // Adds a later span to what was before it. To nothing it adds itself exactly.
-void Attention::merge(const Partial& state, const Partial& part, int rows) const {
+template <class E>
+void Attention<E>::merge(const Partial& state, const Partial& part, int rows) const {
     float before[kRowLanes], now[kRowLanes];
     for (int row = 0; row < rows; row += 16) {
         const F old = load(state.largest + row), added = load(part.largest + row), most = max(old, added);
@@ -260,7 +284,8 @@ void Attention::merge(const Partial& state, const Partial& part, int rows) const
     }
 }
 
-void Attention::finish(const Tile& tile, const Partial& state) const {
+template <class E>
+void Attention<E>::finish(const Tile& tile, const Partial& state) const {
     for (int index = 0; index < tile.count; ++index) {
         const F total = set(state.total[index]);
         const float* values = state.values + index * width_;
@@ -272,6 +297,12 @@ void Attention::finish(const Tile& tile, const Partial& state) const {
 
 }  // namespace
 
-void paged_attention(const PagedAttention& call) { Attention(call).run(); }
+void paged_attention(const PagedAttention& call) {
+    if (call.cache.format == KVFormat::int8) {
+        Attention<std::int8_t>(call).run();
+    } else {
+        Attention<bf16>(call).run();
+    }
+}
 
 }  // namespace tokenmill::TOKENMILL_ISA

@@ -1,11 +1,14 @@
 // Keys and values of new tokens into the blocks of a paged cache, and causal attention over them.
 //
-// A block of one KV head holds `size` tokens of `width` elements, in an order made for dot_bf16:
+// A block of one KV head holds `size` tokens of `width` elements, in an order made for dot_bf16 and dot_s16:
 //
 //   keys     [width / 2][size][2]    pairs of dimensions; the tokens stand in the lanes
 //   values   [size / 2][width][2]    pairs of tokens; the dimensions stand in the lanes
 //
 // so scores are sums over pairs of dimensions and outputs are sums over pairs of tokens, with no shuffle in between.
+//
+// Elements are bf16, or int8 between -127 and 127. Behind those of a block then stand float32 scales, one per token:
+// what is meant is element * scale. A key or value that was not finite has a scale that is NaN.
 #pragma once
 
 #include <cstdint>
@@ -14,16 +17,22 @@
 
 namespace tokenmill {
 
-// The cache of one layer, [blocks, heads, size, width] bf16. Size and width are multiples of 16.
+enum class KVFormat { bf16, int8 };
+
+// The cache of one layer, [blocks, heads] blocks of one head. Size and width are multiples of 16.
 struct KVBlocks {
-    bf16* keys;
-    bf16* values;
+    KVFormat format;
+    char* keys;
+    char* values;
     int heads;
     int size;
     int width;
 
-    // The elements of one KV head in one block, as an offset into keys and into values.
-    std::int64_t offset(std::int64_t block, int head) const { return (block * heads + head) * size * width; }
+    // Where one KV head of a block begins, in bytes from keys and from values.
+    std::int64_t offset(std::int64_t block, int head) const {
+        const int token = format == KVFormat::int8 ? width + static_cast<int>(sizeof(float)) : 2 * width;
+        return (block * heads + head) * size * token;
+    }
 };
 
 // Writes token t of k and v to place slots[t] % size of block slots[t] / size; a negative slot skips it.

@@ -46,16 +46,25 @@ struct Partial {
     }
 };
 
-// A span as the rows of a tile see it. The rows are in the order of their positions.
+// A span as the rows of a tile see it, in a cache of elements E, bf16 or int8. The rows are in the order of their
+// positions.
+template <class E>
 struct Span {
     int rows, width, size;  // `size` is that of a block
     float scale, softcap;
     Seen seen[kRows];
     int begin, end;  // groups of which some row sees something
     // Where the groups lie; before `begin` and from `end` on stand repetitions of the first and of the last.
-    const bf16* keys[kGroups + kBeyond];
-    const bf16* values[kGroups + kBeyond];
-    const bf16* after[kBeyond];  // keys that will be wanted when this span is done
+    const E* keys[kGroups + kBeyond];
+    const E* values[kGroups + kBeyond];
+    const E* after[kBeyond];  // keys that will be wanted when this span is done
+    // Of int8, the scales of the tokens of a group; left alone for bf16.
+    const float* key_scales[kGroups];
+    const float* value_scales[kGroups];
+
+    // Positions that some row sees, in whole groups, of which row `row` sees something.
+    int first(int row) const { return seen[row].low / kGroup * kGroup; }
+    int last(int row) const { return (seen[row].high + kGroup - 1) / kGroup * kGroup; }
 };
 
 // Scores s of [begin, end), a multiple of 16, become c * tanh(s * scale / c), with tanh(x) = 1 - 2 / (1 + exp(2x)).

@@ -1,8 +1,10 @@
-// Attention of a tile of query rows to a span of positions, on vectors.
+// Attention of a tile of query rows to a span of positions, on vectors: the kernels for both kinds of cache, and how they
+// are used for bf16. attention_whole.h is for int8.
 #pragma once
 
 #include <array>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "attention_span.h"
@@ -20,67 +22,104 @@ constexpr int kMostVectors = vectors_for(1);
 
 // ---- the two kernels ----
 
-// scores[m][16 n + lane] = scale * (q[m] . key of the lane's token in keys[n]); q is packed as [pairs][M]. What is read
-// after the keys begins at `next`.
-template <int M>
-void score(const std::uint32_t* q, int pairs, const bf16* const* keys, const bf16* const* next, std::int64_t stride,
-           float scale, float* scores) {
-    constexpr int N = vectors_for(M);
-    F sums[M][N];
-    for (int m = 0; m < M; ++m) {
-        for (int n = 0; n < N; ++n) sums[m][n] = zero();
+// Elements of the cache are multiplied with a pair of bf16 and summed up as floats, or with a pair of int16 and summed up
+// as whole numbers.
+inline F dot(F sum, const bf16* elements, std::uint32_t pair) { return dot_bf16(sum, elements, pair); }
+inline I dot(I sum, const std::int8_t* elements, std::uint32_t pair) { return dot_s16(sum, elements, pair); }
+template <class S>
+S nothing() {
+    if constexpr (std::is_same_v<S, F>) {
+        return zero();
+    } else {
+        return izero();
     }
-    const bf16* from[N];
+}
+inline void keep(float* to, F sum) { store(to, sum); }
+inline void keep(float* to, I sum) { store_bytes(to, sum); }
+template <class E>
+using Sum = std::conditional_t<std::is_same_v<E, bf16>, F, I>;
+template <class E>
+using Weight = std::conditional_t<std::is_same_v<E, bf16>, bf16, std::int16_t>;
+
+// sums[m][16 n + lane] = q[m] . key of the lane's token in keys[n], as floats or int32; q is packed as [pairs][M]. What
+// is read after the keys begins at `next`.
+template <class E, int M>
+void score(const std::uint32_t* q, int pairs, const E* const* keys, const E* const* next, std::int64_t stride,
+           float* to) {
+    constexpr int N = vectors_for(M);
+    Sum<E> sums[M][N];
+    for (int m = 0; m < M; ++m) {
+        for (int n = 0; n < N; ++n) sums[m][n] = nothing<Sum<E>>();
+    }
+    const E* from[N];
     for (int n = 0; n < N; ++n) from[n] = keys[n];
     for (int pair = 0; pair < pairs; ++pair, q += M) {
         for (int n = 0; asks_ahead(M) && n < N; ++n) __builtin_prefetch(next[n] + pair * stride);
         for (int m = 0; m < M; ++m) {
-            for (int n = 0; n < N; ++n) sums[m][n] = dot_bf16(sums[m][n], from[n] + pair * stride, q[m]);
+            for (int n = 0; n < N; ++n) sums[m][n] = dot(sums[m][n], from[n] + pair * stride, q[m]);
         }
     }
+#pragma GCC unroll 16  // else sums stay in memory too
     for (int m = 0; m < M; ++m) {
-        for (int n = 0; n < N; ++n) store(scores + m * kScoreStride + n * kGroup, sums[m][n] * set(scale));
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) keep(to + m * kScoreStride + n * kGroup, sums[m][n]);
     }
 }
 
-inline std::uint32_t pair_at(const bf16* weights, int position) {
+template <class W>
+std::uint32_t pair_at(const W* weights, int position) {
     std::uint32_t pair;
     std::memcpy(&pair, weights + position, sizeof pair);
     return pair;
 }
 
-// out[m][0 .. 16 N) += weights[m][p] * values[p] over the positions p of [begin, end), both even.
-template <int M, int N>
-void add_values(const bf16* weights, const bf16* const* values, int column, int width, int begin, int end, float* out) {
-    F sums[M][N];
+// Where the sums of values begin and how they end: floats go on from what is there, whole numbers from 0.
+template <class S>
+S begin_sum(const float* out) {
+    if constexpr (std::is_same_v<S, F>) {
+        return load(out);
+    } else {
+        return izero();
+    }
+}
+inline void end_sum(F sum, const float*, float* out) { store(out, sum); }
+inline void end_sum(I sum, const float* step, float* out) { store(out, to_float(sum) * set(*step)); }
+
+// out[m][0 .. 16 N) += weights[m][p] * values[p] over the positions p of [begin, end), both even; of whole numbers = and
+// times steps[m].
+template <class E, int M, int N>
+void add_values(const Weight<E>* weights, const E* const* values, int column, int width, int begin, int end,
+                const float* steps, float* out) {
+    Sum<E> sums[M][N];
     for (int m = 0; m < M; ++m) {
-        for (int n = 0; n < N; ++n) sums[m][n] = load(out + m * width + n * kGroup);
+        for (int n = 0; n < N; ++n) sums[m][n] = begin_sum<Sum<E>>(out + m * width + n * kGroup);
     }
     for (int p = begin; p < end;) {
         const int stop = std::min(end, (p / kGroup + 1) * kGroup);
-        const bf16* from = values[p / kGroup] + p % kGroup * width + 2 * column;
-        const bf16* next = values[p / kGroup + kAhead] + p % kGroup * width + 2 * column;
+        const E* from = values[p / kGroup] + p % kGroup * width + 2 * column;
+        const E* next = values[p / kGroup + kAhead] + p % kGroup * width + 2 * column;
         for (; p < stop; p += 2, from += 2 * width, next += 2 * width) {
             for (int n = 0; asks_ahead(M) && n < N; ++n) __builtin_prefetch(next + 2 * n * kGroup);
             for (int m = 0; m < M; ++m) {
                 const std::uint32_t pair = pair_at(weights + m * kWeightStride, p);
-                for (int n = 0; n < N; ++n) sums[m][n] = dot_bf16(sums[m][n], from + 2 * n * kGroup, pair);
+                for (int n = 0; n < N; ++n) sums[m][n] = dot(sums[m][n], from + 2 * n * kGroup, pair);
             }
         }
     }
     for (int m = 0; m < M; ++m) {
-        for (int n = 0; n < N; ++n) store(out + m * width + n * kGroup, sums[m][n]);
+        for (int n = 0; n < N; ++n) end_sum(sums[m][n], steps + m, out + m * width + n * kGroup);
     }
 }
 
 // The same over the whole width, as many vectors at a time as fit.
-template <int M>
-void add_all_values(const bf16* weights, const bf16* const* values, int width, int begin, int end, float* out) {
+template <class E, int M>
+void add_all_values(const Weight<E>* weights, const E* const* values, int width, int begin, int end,
+                    const float* steps, float* out) {
     int column = 0;
     const auto add = [&]<int N>(std::integral_constant<int, N>) {
         if constexpr (N <= vectors_for(M)) {
             for (; column + N * kGroup <= width; column += N * kGroup) {
-                add_values<M, N>(weights, values, column, width, begin, end, out + column);
+                add_values<E, M, N>(weights, values, column, width, begin, end, steps, out + column);
             }
         }
     };
@@ -90,20 +129,31 @@ void add_all_values(const bf16* weights, const bf16* const* values, int width, i
     add(std::integral_constant<int, 1>{});
 }
 
-template <template <int> class Kernel, int... Rows>
-constexpr auto for_each_row_count(std::integer_sequence<int, Rows...>) {
-    return std::array{Kernel<Rows + 1>::function...};
+template <class E, int... Rows>
+constexpr auto scores_for(std::integer_sequence<int, Rows...>) {
+    return std::array{&score<E, Rows + 1>...};
 }
-template <int M>
-struct Score {
-    static constexpr auto function = &score<M>;
-};
-template <int M>
-struct AddValues {
-    static constexpr auto function = &add_all_values<M>;
-};
-constexpr auto kScore = for_each_row_count<Score>(std::make_integer_sequence<int, kRows>{});
-constexpr auto kAddValues = for_each_row_count<AddValues>(std::make_integer_sequence<int, kRows>{});
+template <class E, int... Rows>
+constexpr auto sums_for(std::integer_sequence<int, Rows...>) {
+    return std::array{&add_all_values<E, Rows + 1>...};
+}
+template <class E>
+constexpr auto kScore = scores_for<E>(std::make_integer_sequence<int, kRows>{});
+template <class E>
+constexpr auto kAddValues = sums_for<E>(std::make_integer_sequence<int, kRows>{});
+
+// Caps the scores of the groups that a row sees something of, hides what it does not see, and returns the largest.
+template <class E>
+float cap_and_hide(const Span<E>& span, int row, float* scores) {
+    const Seen seen = span.seen[row];
+    const int begin = span.first(row), end = span.last(row);
+    if (span.softcap > 0) cap(scores + begin, scores + end, 1.0f, span.softcap);
+    std::fill(scores + begin, scores + seen.low, kHidden);
+    std::fill(scores + seen.high, scores + end, kHidden);
+    F most = set(kNever);
+    for (int p = begin; p < end; p += kGroup) most = max(most, load(scores + p));
+    return largest(most);
+}
 
 // ---- one tile and one span ----
 
@@ -128,21 +178,21 @@ class ByVectors {
         }
     }
 
-    void meet(const Span& span, const Partial& to) const {
+    void meet(const Span<bf16>& span, const Partial& to) const {
         const int step = vectors_for(span.rows);
         for (int group = span.begin; group < span.end; group += step) {
             const bf16* const* next = group + step < span.end ? span.keys + group + step : span.values + span.begin;
-            kScore[span.rows - 1](q_, width_ / 2, span.keys + group, next, 2 * span.size, span.scale,
-                                  scores_ + group * kGroup);
+            kScore<bf16>[span.rows - 1](q_, width_ / 2, span.keys + group, next, 2 * span.size,
+                                        scores_ + group * kGroup);
         }
         for (int row = 0; row < span.rows; ++row) weigh(span, row, to.largest[row], to.total[row]);
         add_weighted_values(span, to);
     }
 
   private:
-    void weigh(const Span& span, int row, float& largest, float& total) const;
-    void add_weighted_values(const Span& span, const Partial& to) const;
-    void add_row(const Span& span, int row, Seen seen, float* out) const;
+    void weigh(const Span<bf16>& span, int row, float& largest, float& total) const;
+    void add_weighted_values(const Span<bf16>& span, const Partial& to) const;
+    void add_row(const Span<bf16>& span, int row, Seen seen, float* out) const;
 
     int width_;
     float* scores_;     // [kRows, kScoreStride]; weights as bf16 take the place of the scores
@@ -152,19 +202,14 @@ class ByVectors {
 
 // Turns one row of scores into weights exp(score - largest), as bf16 in the same memory. Places in the row's first and
 // last vector that it does not see get weight 0.
-inline void ByVectors::weigh(const Span& span, int row, float& largest_score, float& total) const {
+inline void ByVectors::weigh(const Span<bf16>& span, int row, float& largest_score, float& total) const {
     largest_score = kNever;
     total = 0;
-    const Seen seen = span.seen[row];
-    if (seen.nothing()) return;
+    if (span.seen[row].nothing()) return;
     float* scores = scores_ + row * kScoreStride;
-    const int begin = seen.low / kGroup * kGroup, end = (seen.high + kGroup - 1) / kGroup * kGroup;
-    if (span.softcap > 0) cap(scores + begin, scores + end, 1.0f, span.softcap);
-    std::fill(scores + begin, scores + seen.low, kHidden);
-    std::fill(scores + seen.high, scores + end, kHidden);
-    F most = set(kNever);
-    for (int p = begin; p < end; p += kGroup) most = max(most, load(scores + p));
-    largest_score = largest(most);
+    const int begin = span.first(row), end = span.last(row);
+    for (int p = begin; p < end; p += kGroup) store(scores + p, load(scores + p) * set(span.scale));
+    largest_score = cap_and_hide(span, row, scores);
 
     const F at = set(largest_score);
     F sums = zero();
@@ -177,7 +222,7 @@ inline void ByVectors::weigh(const Span& span, int row, float& largest_score, fl
     total = sum(sums);
 }
 
-inline void ByVectors::add_weighted_values(const Span& span, const Partial& to) const {
+inline void ByVectors::add_weighted_values(const Span<bf16>& span, const Partial& to) const {
     std::fill_n(to.values, span.rows * width_, 0.0f);
     // What all rows see, in whole pairs, is read once for all of them; before and after it each row is on its own.
     const int begin = (span.seen[span.rows - 1].low + 1) / 2 * 2, end = span.seen[0].high / 2 * 2;
@@ -187,13 +232,14 @@ inline void ByVectors::add_weighted_values(const Span& span, const Partial& to) 
         add_row(span, row, shared ? Seen{seen.low, begin} : seen, to.values + row * width_);
     }
     if (!shared) return;
-    kAddValues[span.rows - 1](reinterpret_cast<const bf16*>(scores_), span.values, width_, begin, end, to.values);
+    const auto* weights = reinterpret_cast<const bf16*>(scores_);
+    kAddValues<bf16>[span.rows - 1](weights, span.values, width_, begin, end, nullptr, to.values);
     for (int row = 0; row < span.rows; ++row) add_row(span, row, {end, span.seen[row].high}, to.values + row * width_);
 }
 
 // One row by itself. A pair of tokens of which it sees one is read from a copy in which the other is 0: the unseen token
 // has weight 0, but 0 * NaN is NaN.
-inline void ByVectors::add_row(const Span& span, int row, Seen seen, float* out) const {
+inline void ByVectors::add_row(const Span<bf16>& span, int row, Seen seen, float* out) const {
     if (seen.nothing()) return;
     const bf16* weights = reinterpret_cast<const bf16*>(scores_) + row * kWeightStride;
     const auto add_half = [&](int position) {
@@ -206,11 +252,11 @@ inline void ByVectors::add_row(const Span& span, int row, Seen seen, float* out)
         const bf16* only = edge_ - pair % kGroup * width_;
         const bf16* groups[kGroups + kAhead];
         groups[pair / kGroup] = groups[pair / kGroup + kAhead] = only;
-        kAddValues[0](weights, groups, width_, pair, pair + 2, out);
+        kAddValues<bf16>[0](weights, groups, width_, pair, pair + 2, nullptr, out);
     };
     if (seen.low % 2 == 1) add_half(seen.low++);
     const int whole = seen.high / 2 * 2;
-    if (seen.low < whole) kAddValues[0](weights, span.values, width_, seen.low, whole, out);
+    if (seen.low < whole) kAddValues<bf16>[0](weights, span.values, width_, seen.low, whole, nullptr, out);
     if (seen.high % 2 == 1 && seen.low < seen.high) add_half(seen.high - 1);
 }
 

@@ -18,16 +18,19 @@ T* pointer(std::uintptr_t address) {
 void bind_attention(nb::module_& m) {
     using Release = nb::call_guard<nb::gil_scoped_release>;
 
+    nb::enum_<KVFormat>(m, "KVFormat").value("bf16", KVFormat::bf16).value("int8", KVFormat::int8);
+
     nb::class_<KVBlocks>(m, "KVBlocks", "Where one layer keeps its keys and values.")
         .def(
             "__init__",
-            [](KVBlocks* self, std::uintptr_t keys, std::uintptr_t values, int heads, int size, int width) {
+            [](KVBlocks* self, KVFormat format, std::uintptr_t keys, std::uintptr_t values, int heads, int size,
+               int width) {
                 if (heads < 1 || size < 16 || size % 16 != 0 || width < 16 || width % 16 != 0) {
                     throw nb::value_error("size and width must be multiples of 16");
                 }
-                new (self) KVBlocks{pointer<bf16>(keys), pointer<bf16>(values), heads, size, width};
+                new (self) KVBlocks{format, pointer<char>(keys), pointer<char>(values), heads, size, width};
             },
-            "keys"_a, "values"_a, "heads"_a, "size"_a, "width"_a);
+            "format"_a, "keys"_a, "values"_a, "heads"_a, "size"_a, "width"_a);
 
     m.def(
         "kv_write",

@@ -1,12 +1,13 @@
 // Sixteen lanes, whatever the machine: the few operations that the kernels are written in.
 //
 // Each translation unit is compiled once per instruction set, with TOKENMILL_ISA naming the namespace. `F` holds 16
-// floats, `I` 16 32-bit integers. The two dot products are what the matrix kernels live on:
+// floats, `I` 16 32-bit integers. The dot products are what the matrix kernels live on:
 //
 //   dot_bf16(acc, w, a)   acc[i] += w[2i] * a.lo + w[2i+1] * a.hi     w: 32 bf16, a: one pair of bf16 for all lanes
 //   dot_u8s8(acc, w, a)   acc[i] += sum of w[4i+j] * a[j], j = 0..3   w: 64 uint8, a: one quad of int8 for all lanes
+//   dot_s16(acc, w, a)    acc[i] += w[2i] * a.lo + w[2i+1] * a.hi     w: 32 int16, a: one pair of int16 for all lanes
 //
-// w is a vector, or memory to load it from.
+// w is a vector, or memory to load it from: for dot_s16 int8, which become int16.
 //
 // Results are the same at every call site of one instruction set; between instruction sets the last bits of dot_bf16
 // differ.
@@ -108,6 +109,12 @@ inline I to_int(F a) { return {_mm512_cvtps_epi32(a.v)}; }  // rounds to nearest
 inline void store_int8(std::int8_t* p, I a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a));
 }
+inline void store_int16(std::int16_t* p, I a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(a.v));
+}
+inline I widen_int8(const std::int8_t* p) {
+    return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
 
 inline I load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
 inline void store_bytes(void* p, I a) { _mm512_storeu_si512(p, a); }
@@ -151,6 +158,15 @@ inline I dot_u8s8(I acc, I w, std::int32_t a) {
                                            _mm512_srai_epi16(_mm512_slli_epi16(quad, 8), 8));
     const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(quad, 8));
     return {_mm512_add_epi32(acc, _mm512_add_epi32(even, odd))};
+#endif
+}
+
+inline I dot_s16(I acc, I w, std::uint32_t a) {
+    const __m512i pair = _mm512_set1_epi32(static_cast<int>(a));
+#if defined(__AVX512VNNI__)
+    return {_mm512_dpwssd_epi32(acc.v, w.v, pair)};
+#else
+    return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(w.v, pair))};
 #endif
 }
 
@@ -239,6 +255,15 @@ inline void store_int8(std::int8_t* p, I x) {
         p[i] = static_cast<std::int8_t>(lanes[i] > 127 ? 127 : lanes[i] < -128 ? -128 : lanes[i]);
     }
 }
+inline void store_int16(std::int16_t* p, I x) {
+    // Packing works within halves of a register; the middle two quarters change places afterwards.
+    const __m256i narrow = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0b11011000);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
+}
+inline I widen_int8(const std::int8_t* p) {
+    const auto* halves = reinterpret_cast<const __m128i*>(p);
+    return {_mm256_cvtepi8_epi16(_mm_loadu_si128(halves)), _mm256_cvtepi8_epi16(_mm_loadu_si128(halves + 1))};
+}
 
 inline I load_bytes(const void* p) {
     const auto* halves = static_cast<const __m256i*>(p);
@@ -287,6 +312,11 @@ inline __m256i half_dot_u8s8(__m256i acc, __m256i weights, __m256i quad) {
 inline I dot_u8s8(I acc, I w, std::int32_t a) {
     const __m256i quad = _mm256_set1_epi32(a);
     return {half_dot_u8s8(acc.a, w.a, quad), half_dot_u8s8(acc.b, w.b, quad)};
+}
+inline I dot_s16(I acc, I w, std::uint32_t a) {
+    const __m256i pair = _mm256_set1_epi32(static_cast<int>(a));
+    return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.a, pair)),
+            _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.b, pair))};
 }
 
 #else  // plain loops, for the compiler to vectorize
@@ -388,6 +418,18 @@ inline I to_int(F a) {
 inline void store_int8(std::int8_t* p, I a) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<std::int8_t>(a.v[i] > 127 ? 127 : a.v[i] < -128 ? -128 : a.v[i]);
 }
+inline void store_int16(std::int16_t* p, I a) {
+    for (int i = 0; i < 16; ++i) {
+        p[i] = static_cast<std::int16_t>(a.v[i] > 32767 ? 32767 : a.v[i] < -32768 ? -32768 : a.v[i]);
+    }
+}
+inline I widen_int8(const std::int8_t* p) {
+    std::int16_t wide[32];
+    for (int i = 0; i < 32; ++i) wide[i] = p[i];
+    I r;
+    std::memcpy(r.v, wide, sizeof(r.v));
+    return r;
+}
 
 inline I load_bytes(const void* p) {
     I r;
@@ -451,10 +493,18 @@ inline I dot_u8s8(I acc, I w, std::int32_t a) {
     }
     return acc;
 }
+inline I dot_s16(I acc, I w, std::uint32_t a) {
+    const std::int32_t low = static_cast<std::int16_t>(a), high = static_cast<std::int16_t>(a >> 16);
+    std::int16_t pairs[32];
+    std::memcpy(pairs, w.v, sizeof(pairs));
+    for (int i = 0; i < 16; ++i) acc.v[i] += pairs[2 * i] * low + pairs[2 * i + 1] * high;
+    return acc;
+}
 
 #endif
 
 inline F dot_bf16(F acc, const bf16* w, std::uint32_t a) { return dot_bf16(acc, load_bytes(w), a); }
+inline I dot_s16(I acc, const std::int8_t* w, std::uint32_t a) { return dot_s16(acc, widen_int8(w), a); }
 inline I dot_u8s8(I acc, const std::uint8_t* w, std::int32_t a) { return dot_u8s8(acc, load_bytes(w), a); }
 
 // e^x to about 2 units in the last place; below -87.3 it is 0, above 88.3 infinite, and NaN gives NaN.

@@ -13,10 +13,11 @@ tokens, whose keys and values are already in the cache: position p in block ``bl
 * Queries from ``query_start[R]`` on are padding and give zeros. A row without queries is allowed.
 * Cache positions that no query of a row sees may hold anything, NaN too; table entries for them may be any number.
 
-Nothing is mutated. Both caches have one dtype and are contiguous; q may have another dtype. If all are bfloat16, both
-matmuls take and give bfloat16, as in the "eager" attention of other libraries, while scores are scaled, capped and
-summed up in float32; otherwise everything is float32. In float32 a query's result is bit-equal whatever else is in the
-batch and however its prompt was cut into chunks.
+Nothing is mutated. Both caches have one dtype and are contiguous; q may have another dtype. Caches of int8 are
+[B, Hk, S, D + 4] and hold keys and values as `kernels.whole_kv` says. If all are bfloat16, both matmuls take and give
+bfloat16, as in the "eager" attention of other libraries, while scores are scaled, capped and summed up in float32;
+otherwise everything is float32. In float32 a query's result is bit-equal whatever else is in the batch and however its
+prompt was cut into chunks.
 
 The reference computes the online softmax of FlashAttention (Dao et al., arXiv 2205.14135) over tiles: a few queries of
 one row against a span of cached tokens that starts at a multiple of its length. A loop runs over spans; all tiles do a
@@ -32,6 +33,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from tokenmill.kernels import whole_kv
 
 __all__ = ["cases", "reference"]
 
@@ -80,15 +83,15 @@ def reference(
     softcap: float | None,
 ) -> Tensor:
     """See the module's docstring."""
-    _, kv_heads, block_size, width = k_cache.shape
+    _, kv_heads, block_size, row = k_cache.shape
     span = block_size * max(1, _SPAN // block_size)
     dtype = torch.bfloat16 if q.dtype == k_cache.dtype == torch.bfloat16 else torch.float32
     exact_length = max(1, _EXACT_ROWS * kv_heads // q.shape[1])
     lengths = _QUERY_TILES if dtype == torch.bfloat16 else (exact_length,)
-    tiles_at_once = max(1, _STEP_BYTES // (kv_heads * span * width * k_cache.element_size()))
+    tiles_at_once = max(1, _STEP_BYTES // (kv_heads * span * row * k_cache.element_size()))
 
     # Keys and then values of a step, over and over: memory fresh from the system costs more than copying into it.
-    buffer = k_cache.new_empty(tiles_at_once, kv_heads, span, width)
+    buffer = k_cache.new_empty(tiles_at_once, kv_heads, span, row)
     out = torch.zeros_like(q)
     counts, shorter = query_start.diff(), 0
     for length in lengths:
@@ -159,7 +162,7 @@ def _attend(
             active -= 1
         n, blocks = active * kv_heads, index[:active, :, step].flatten()
 
-        k = _gather(k_cache, blocks, buffer).view(n, span, width).to(q.dtype)
+        k = _elements(_gather(k_cache, blocks, buffer).view(n, span, -1), q.dtype)
         scores = torch.bmm(q[:n], k.transpose(1, 2)).float().mul_(scale)
         if softcap is not None:
             scores = scores.div_(softcap).tanh_().mul_(softcap)
@@ -171,7 +174,7 @@ def _attend(
         kept = (maximum[:n] - raised).exp_()
         maximum[:n] = raised
 
-        v = _gather(v_cache, blocks, buffer).view(n, span, width).to(q.dtype)
+        v = _elements(_gather(v_cache, blocks, buffer).view(n, span, -1), q.dtype)
         if step >= clear:  # what no query of the tile sees gets weight 0, but 0 * NaN is NaN
             tile, key = hidden.all(dim=1).nonzero(as_tuple=True)
             v.view(active, kv_heads, span, width)[tile, :, key] = 0
@@ -205,6 +208,11 @@ def _gather(cache: Tensor, index: Tensor, buffer: Tensor) -> Tensor:
     return torch.index_select(rows, 0, index, out=buffer.view(-1, rows.shape[1])[: len(index)])
 
 
+def _elements(cached: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a cache holds, in the type to compute in."""
+    return whole_kv.dequantize(cached) if cached.dtype == torch.int8 else cached.to(dtype)
+
+
 def cases() -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Named positional arguments. Unused cache places hold NaN."""
     plain: dict[str, Any] = {
@@ -231,6 +239,8 @@ def cases() -> Iterator[tuple[str, tuple[Any, ...]]]:
         ("bfloat16", [(1, 300), (6, 150), (70, 200), (1, 1)], {"dtype": torch.bfloat16, "width": 64}),
         ("bfloat16_cache", [(1, 70), (6, 15)], {"cache_dtype": torch.bfloat16}),
         ("float16", [(1, 70), (6, 15)], {"dtype": torch.float16}),
+        ("int8_cache", [(1, 300), (6, 150), (70, 200), (1, 1)], {"cache_dtype": torch.int8, "width": 48}),
+        ("int8_bfloat16", [(1, 70), (6, 15)], {"cache_dtype": torch.int8, "dtype": torch.bfloat16, "window": 37}),
         ("no_queries", [(0, 0)], {}),
     ):
         yield name, _case(lengths, **{**plain, **changes})
@@ -253,7 +263,7 @@ def _case(
     needed = [-(-context // block_size) for _, context in lengths]
     order = torch.randperm(sum(needed) + 2, generator=random).tolist()
     shape = (len(order), heads[1], block_size, width)
-    caches = [torch.full(shape, float("nan")).to(cache_dtype or dtype) for _ in range(2)]
+    caches = [torch.full(shape, float("nan")) for _ in range(2)]
     table = torch.zeros(len(lengths), max(*needed, 1) + 1, dtype=torch.int32)
     for row, (queries, context) in enumerate(lengths):
         for column in range(needed[row]):
@@ -267,6 +277,10 @@ def _case(
     starts = [0]
     for queries, _ in lengths:
         starts.append(starts[-1] + queries)
+    if cache_dtype == torch.int8:
+        caches = [whole_kv.quantize(cache) for cache in caches]
+    else:
+        caches = [cache.to(cache_dtype or dtype) for cache in caches]
     q = (torch.randn(starts[-1] + 3, heads[0], width, generator=random) * sharpness).to(dtype)
     return (
         q,

@@ -102,6 +102,20 @@ def test_a_quantized_model_is_compared_with_the_model_as_it_is(llm, monkeypatch,
     assert "+0.00% bits per byte, KL divergence 0.0000 nats" in shown
 
 
+def test_a_quantized_cache_is_compared_with_one_of_the_model_s_type(llm, monkeypatch, capsys):
+    loaded = []
+    monkeypatch.setattr(command, "load", lambda config: loaded.append(config.cache.kv_dtype) or llm)
+    ask = ["eval", "--kv-dtype", "int8", "-n", "2", "--task", "add", "--files", "2"]
+    with pytest.raises(SystemExit):
+        main([*ask, "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert loaded == ["int8", "auto"]
+    assert (told["kv_dtype"], told["relative_loss"]) == ("int8", 0.0)
+    with pytest.raises(SystemExit):
+        main(ask)
+    assert "demo with KV in int8" in capsys.readouterr().out
+
+
 def test_a_model_is_compared_with_the_one_it_was_made_from(llm, monkeypatch, capsys):
     def other(config):
         loaded.append(config.model.model)

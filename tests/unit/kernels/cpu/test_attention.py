@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tokenmill.kernels import whole_kv
 from tokenmill.kernels.ops import kv_write as kv_write_op
 from tokenmill.kernels.ops import paged_attention as attention_op
 
@@ -26,18 +27,46 @@ def threads() -> Iterator[None]:
     _native.set_thread_count(before)
 
 
-def test_packing_has_an_inverse() -> None:
-    cache = torch.randn(3, 2, 32, 48).bfloat16()
+KINDS = (torch.bfloat16, torch.int8)
+"""Types of a cache."""
+TOLERANCE = {torch.bfloat16: 4e-3, torch.int8: 8e-3}
+"""AMX rounds even the largest weight of an int8 value to bfloat16: the weight is multiplied by the value's scale."""
+
+
+def stored(x: Tensor, kind: torch.dtype) -> Tensor:
+    """Keys or values [..., D] as a cache in plain order holds them."""
+    return whole_kv.quantize(x) if kind == torch.int8 else x.to(kind)
+
+
+def empty(shape: tuple[int, ...], kind: torch.dtype, fill: float = 0.0) -> native.PackedCache:
+    """A cache [B, Hk, S, D] that holds `fill` everywhere."""
+    filled = torch.full(shape, fill)
+    return native.PackedCache(native.pack_keys(stored(filled, kind)), native.pack_values(stored(filled, kind)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packing_has_an_inverse(kind: torch.dtype) -> None:
+    cache = stored(torch.randn(3, 2, 32, 48), kind)
     assert torch.equal(native.unpack_keys(native.pack_keys(cache)), cache)
     assert torch.equal(native.unpack_values(native.pack_values(cache)), cache)
+
+
+def test_packed_int8_is_elements_and_then_scales() -> None:
+    cache = stored(torch.randn(16, 48), torch.int8)
+    packed = native.pack_keys(cache).flatten()
+    assert torch.equal(packed[: 16 * 48].view(24, 16, 2), cache[:, :48].view(16, 24, 2).transpose(0, 1))
+    assert torch.equal(packed[16 * 48 :].view(16, 4), cache[:, 48:])
+    assert torch.equal(native.pack_values(cache).flatten()[16 * 48 :].view(16, 4), cache[:, 48:])
 
 
 @pytest.mark.parametrize("arguments", [pytest.param(a, id=name) for name, a in kv_write_op.cases()])
 def test_written_tokens_stand_where_the_reference_puts_them(arguments: tuple[Tensor, ...]) -> None:
     k, v, k_cache, v_cache, slots = arguments
-    if not native.serves(torch.bfloat16, k_cache.shape[2], k_cache.shape[3]):
+    if not native.serves(torch.bfloat16, k_cache.shape[2], k.shape[2]):
         pytest.skip("not a shape that packs")
-    k, v, k_cache, v_cache = (x.bfloat16() for x in (k, v, k_cache, v_cache))
+    k, v = k.bfloat16(), v.bfloat16()
+    if k_cache.dtype != torch.int8:
+        k_cache, v_cache = k_cache.bfloat16(), v_cache.bfloat16()
     cache = native.PackedCache(native.pack_keys(k_cache), native.pack_values(v_cache))
     cache.write(k, v, slots)
     kv_write_op.reference(k, v, k_cache, v_cache, slots)
@@ -45,23 +74,57 @@ def test_written_tokens_stand_where_the_reference_puts_them(arguments: tuple[Ten
     assert torch.equal(native.unpack_values(cache.values), v_cache)
 
 
-def test_rows_of_keys_and_values_may_be_apart() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_keys_and_values_may_be_apart(kind: torch.dtype) -> None:
     joined = torch.randn(5, 7, 2, 32).bfloat16()
-    cache = native.PackedCache(*(torch.zeros(1, 2, 16, 32, dtype=torch.bfloat16) for _ in range(2)))
+    cache = empty((1, 2, 16, 32), kind)
     slots = torch.tensor([3, -1, 0, 15, 8])
     cache.write(joined[:, 2], joined[:, 6], slots)
+    keys, values = native.unpack_keys(cache.keys), native.unpack_values(cache.values)
     kept = slots >= 0
-    assert torch.equal(native.unpack_keys(cache.keys)[0, :, slots[kept]].transpose(0, 1), joined[kept, 2])
-    assert torch.equal(native.unpack_values(cache.values)[0, :, slots[kept]].transpose(0, 1), joined[kept, 6])
+    assert torch.equal(keys[0, :, slots[kept]].transpose(0, 1), stored(joined[kept, 2], kind))
+    assert torch.equal(values[0, :, slots[kept]].transpose(0, 1), stored(joined[kept, 6], kind))
+
+
+EXTREMES = {
+    "zeros": [0.0, 0.0],
+    "equal": [3.0, 3.0],
+    "one_of_many": [0.0, -7.0],
+    "largest": [3.3e38, -3.3e38],
+    "just_counts": [2e-30, 1e-30],
+    "too_small": [9e-31, 1e-38],
+    "halves": [127.0, 0.5],
+    "nan": [1.0, float("nan")],
+    "infinity": [1.0, float("-inf")],
+}
+
+
+@pytest.mark.parametrize("values", EXTREMES.values(), ids=EXTREMES)
+@pytest.mark.parametrize("place", [0, 3, 15])
+def test_extreme_tokens_are_quantized_as_the_reference_does(values: list[float], place: int) -> None:
+    most, other = values
+    k = torch.full((1, 1, 48), other).bfloat16()
+    k[..., 5] = most
+    cache = empty((1, 1, 16, 48), torch.int8)
+    cache.write(k, -k, torch.tensor([place]))
+    for mine, x in ((native.unpack_keys(cache.keys), k), (native.unpack_values(cache.values), -k)):
+        expected = whole_kv.quantize(torch.zeros(16, 48))
+        expected[place] = whole_kv.quantize(x[0, 0])
+        assert torch.equal(mine[0, 0, :, :48], expected[:, :48])
+        scales, mine_scales = (rows[:, 48:].contiguous().view(torch.float32) for rows in (expected, mine[0, 0]))
+        torch.testing.assert_close(mine_scales, scales, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("arguments", [pytest.param(a, id=name) for name, a in attention_op.cases()])
 def test_the_reference_agrees(arguments: tuple[Any, ...]) -> None:
     q, k_cache, v_cache, *rest = arguments
-    if not native.serves(torch.bfloat16, k_cache.shape[2], k_cache.shape[3]):
+    if not native.serves(torch.bfloat16, k_cache.shape[2], q.shape[2]):
         pytest.skip("not a shape that packs")
-    q, k_cache, v_cache = q.bfloat16(), k_cache.bfloat16(), v_cache.bfloat16()
-    expected = attention_op.reference(q.float(), k_cache.float(), v_cache.float(), *rest)
+    q, plain = q.bfloat16(), (k_cache, v_cache)
+    if k_cache.dtype != torch.int8:
+        k_cache, v_cache = k_cache.bfloat16(), v_cache.bfloat16()
+        plain = (k_cache.float(), v_cache.float())
+    expected = attention_op.reference(q.float(), *plain, *rest)
     result = native.PackedCache(native.pack_keys(k_cache), native.pack_values(v_cache)).attend(q, *rest)
     assert result.dtype == torch.bfloat16
     torch.testing.assert_close(result.float(), expected, rtol=1e-2, atol=1e-2)
@@ -119,13 +182,14 @@ def sequences(
     window: int | None = None,
     softcap: float | None = None,
     fill: float = float("nan"),
+    kind: torch.dtype = torch.bfloat16,
 ) -> Sequences:
     """Random sequences in shuffled blocks of a cache that otherwise holds `fill`."""
     random = torch.Generator().manual_seed(1)
     needed = [-(-length // size) for length in lengths]
     order = torch.randperm(sum(needed) + 1, generator=random).tolist()
     shape = (len(order), heads[1], size, width)
-    cache = native.PackedCache(*(torch.full(shape, fill, dtype=torch.bfloat16) for _ in range(2)))
+    cache = empty(shape, kind, fill)
     table = torch.full((len(lengths), max(needed)), 1 << 30, dtype=torch.int32)
     q, keys, values = [], [], []
     for row, length in enumerate(lengths):
@@ -136,6 +200,8 @@ def sequences(
         table[row, : len(blocks)] = blocks
         position = torch.arange(length)
         cache.write(keys[row], values[row], blocks[position // size] * size + position % size)
+        if kind == torch.int8:  # what they are from here on
+            keys[row], values[row] = (whole_kv.dequantize(whole_kv.quantize(x)) for x in (keys[row], values[row]))
     return Sequences(q, keys, values, cache, table, window, softcap)
 
 
@@ -153,17 +219,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 LENGTHS = (1, 1100, 17, 530)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_queries_get_the_exact_average_but_for_rounding(shape: str) -> None:
-    case = sequences(LENGTHS, **SHAPES[shape])
+def test_queries_get_the_exact_average_but_for_rounding(shape: str, kind: torch.dtype) -> None:
+    case = sequences(LENGTHS, **SHAPES[shape], kind=kind)
     results = case.attend([(row, 0, length) for row, length in enumerate(LENGTHS)])
     for row, result in enumerate(results):
-        torch.testing.assert_close(result.double(), case.exact(row), rtol=1e-2, atol=4e-3)
+        torch.testing.assert_close(result.double(), case.exact(row), rtol=1e-2, atol=TOLERANCE[kind])
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bits_do_not_depend_on_chunks_batch_or_threads(shape: str) -> None:
-    case = sequences(LENGTHS, **SHAPES[shape])
+def test_bits_do_not_depend_on_chunks_batch_or_threads(shape: str, kind: torch.dtype) -> None:
+    case = sequences(LENGTHS, **SHAPES[shape], kind=kind)
     _native.set_thread_count(1)
     alone = [case.attend([(row, 0, length)])[0] for row, length in enumerate(LENGTHS)]
     for count in (1, 2, 5):
@@ -181,23 +249,25 @@ def test_bits_do_not_depend_on_chunks_batch_or_threads(shape: str) -> None:
             assert torch.equal(alone[2][16:17], decoded[1])
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("threads_", [1, 3, 16])
-def test_a_long_context_is_the_same_over_any_number_of_threads(threads_: int) -> None:
-    case = sequences([5000], heads=(2, 1))
+def test_a_long_context_is_the_same_over_any_number_of_threads(threads_: int, kind: torch.dtype) -> None:
+    case = sequences([5000], heads=(2, 1), kind=kind)
     _native.set_thread_count(1)
     expected = case.attend([(0, 4999, 5000)])[0]
     _native.set_thread_count(threads_)
     assert torch.equal(expected, case.attend([(0, 4999, 5000)])[0])
-    torch.testing.assert_close(expected[0].double(), case.exact(0, first=4999)[0], rtol=1e-2, atol=4e-3)
+    torch.testing.assert_close(expected[0].double(), case.exact(0, first=4999)[0], rtol=1e-2, atol=TOLERANCE[kind])
 
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -3e38])
 @pytest.mark.parametrize("window", [None, 1, 6, 40])
-def test_what_a_query_does_not_see_never_touches_it(garbage: float, window: int | None) -> None:
-    clean = sequences([90], window=window, fill=0.0)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_query_does_not_see_never_touches_it(garbage: float, window: int | None, kind: torch.dtype) -> None:
+    clean = sequences([90], window=window, fill=0.0, kind=kind)
     expected = clean.attend([(0, 0, 90)])[0]
     for position in (0, 1, 30, 31, 88, 89):
-        case = sequences([90], window=window, fill=garbage)
+        case = sequences([90], window=window, fill=garbage, kind=kind)
         spoiled = torch.full((1, 2, 64), garbage).bfloat16()
         slot = case.table[0, position // 16].long() * 16 + position % 16
         case.cache.write(spoiled, spoiled, slot.view(1))
@@ -208,8 +278,9 @@ def test_what_a_query_does_not_see_never_touches_it(garbage: float, window: int 
         assert torch.equal(result[~sees], expected[~sees])
 
 
-def test_nan_and_infinity_travel() -> None:
-    case = sequences([40], fill=0.0)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_and_infinity_travel(kind: torch.dtype) -> None:
+    case = sequences([40], fill=0.0, kind=kind)
     spoiled = torch.full((1, 2, 64), float("nan")).bfloat16()
     case.cache.write(case.keys[0][20:21], spoiled, case.table[0, 1:2].long() * 16 + 4)
     result = case.attend([(0, 0, 40)])[0]
@@ -219,11 +290,37 @@ def test_nan_and_infinity_travel() -> None:
     assert case.attend([(0, 0, 40)])[0][5].isnan().all()
 
 
-def test_extreme_scores_choose_one_value() -> None:
-    case = sequences([600], fill=0.0)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_keys_travel(kind: torch.dtype) -> None:
+    case = sequences([40], fill=0.0, kind=kind)
+    spoiled = torch.full((1, 2, 64), float("nan")).bfloat16()
+    case.cache.write(spoiled, torch.ones_like(spoiled), case.table[0, 1:2].long() * 16)
+    result = case.attend([(0, 0, 40)])[0]
+    assert result[:16].isfinite().all()
+    assert result[16:].isnan().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_extreme_scores_choose_one_value(kind: torch.dtype) -> None:
+    case = sequences([600], fill=0.0, kind=kind)
     case = replace(case, q=[case.q[0] * 1000])
     result = case.attend([(0, 0, 600)])[0]
-    torch.testing.assert_close(result.double(), case.exact(0), rtol=1e-2, atol=1e-2)
+    # Scores of thousands are met to a part in 32767 of the query's largest element over int8.
+    tolerance = 1e-2 if kind == torch.bfloat16 else 1e-1
+    torch.testing.assert_close(result.double(), case.exact(0), rtol=1e-2, atol=tolerance)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-33, 1e-20, 1e20])
+def test_int8_keeps_the_shape_of_values_of_any_size(factor: float) -> None:
+    case = sequences([200], kind=torch.int8)
+    slots = case.table[0].long().repeat_interleave(16)[:200] * 16 + torch.arange(200) % 16
+    scaled = (case.values[0] * factor).bfloat16()
+    case.cache.write(case.keys[0].bfloat16(), scaled, slots)
+    values = whole_kv.dequantize(whole_kv.quantize(scaled))
+    keys = whole_kv.dequantize(whole_kv.quantize(case.keys[0].bfloat16()))
+    result = case.attend([(0, 0, 200)])[0]
+    exact = replace(case, keys=[keys], values=[values]).exact(0)
+    torch.testing.assert_close(result.double(), exact, rtol=1e-2, atol=TOLERANCE[torch.int8] * factor)
 
 
 def test_tokens_that_no_row_owns_give_zeros() -> None:
