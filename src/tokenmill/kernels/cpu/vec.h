@@ -110,7 +110,7 @@ inline void store_int8(std::int8_t* p, I a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a));
 }
 inline void store_int16(std::int16_t* p, I a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(a.v));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(a));
 }
 inline I widen_int8(const std::int8_t* p) {
     return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
@@ -164,9 +164,9 @@ inline I dot_u8s8(I acc, I w, std::int32_t a) {
 inline I dot_s16(I acc, I w, std::uint32_t a) {
     const __m512i pair = _mm512_set1_epi32(static_cast<int>(a));
 #if defined(__AVX512VNNI__)
-    return {_mm512_dpwssd_epi32(acc.v, w.v, pair)};
+    return {_mm512_dpwssd_epi32(acc, w, pair)};
 #else
-    return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(w.v, pair))};
+    return {_mm512_add_epi32(acc, _mm512_madd_epi16(w, pair))};
 #endif
 }
 
