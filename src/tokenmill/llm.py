@@ -165,12 +165,12 @@ class _Call:
             )
         return requests
 
-    def take(self, came: EngineOutput, now: float, observer: Observer) -> tuple[RequestOutput | None, bool]:
+    def take(self, came: EngineOutput, now: float, observer: Observer) -> tuple[CompletionOutput | None, bool]:
         """Adds what came to one completion.
 
         Returns:
-            The output to hand on, None if nothing of it is new to the caller, and whether the engine request must be
-            aborted because a stop string ended its text.
+            What is new to the caller, for `emit`, None if nothing is, and whether the engine request must be aborted
+            because a stop string ended its text.
         """
         completion = self._open[came.request_id]
         output = completion.output
@@ -198,7 +198,7 @@ class _Call:
             output.logprobs = output.logprobs or []
             output.logprobs += new.logprobs
         nothing = not new.token_ids and not new.text and new.finish_reason is None
-        return (None if nothing else self._emit(new)), abort
+        return (None if nothing else new), abort
 
     def _finish(self, completion: _Completion, came: EngineOutput, new: CompletionOutput, observer: Observer) -> None:
         output = completion.output
@@ -214,7 +214,7 @@ class _Call:
             self.output.stats.append(came.stats)
             observer.finished(came.stats, reason, self.params)
 
-    def _emit(self, new: CompletionOutput) -> RequestOutput:
+    def emit(self, new: CompletionOutput) -> RequestOutput:
         """What the caller sees: only the new piece, or a copy of everything so far."""
         if self._delta:
             return msgspec.structs.replace(self.output, outputs=[new], stats=list(self.output.stats))
@@ -303,7 +303,7 @@ class LLM:
             )  # fmt: skip
         calls = [self._call(prompt, one) for prompt, one in zip(many, params, strict=True)]
         for _ in self._run(calls):
-            pass
+            pass  # the calls gather what comes
         return [call.output for call in calls]
 
     def chat(
@@ -329,15 +329,16 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Completes one prompt and yields each piece as it comes. Closing the iterator aborts the request."""
-        yield from self._run([self._call(prompt, sampling_params or SamplingParams())])
+        for call, new in self._run([self._call(prompt, sampling_params or SamplingParams())]):
+            yield call.emit(new)
 
     def _call(self, prompt: Prompt, params: SamplingParams) -> _Call:
         text, ids = _tokenize(self.tokenizer, prompt)
         params = _with_bad_words(self.tokenizer, params)
         return _Call(str(next(self._numbers)), text, ids, params, self.tokenizer, delta=True)
 
-    def _run(self, calls: list[_Call]) -> Iterator[RequestOutput]:
-        """Serves calls to their end and yields what comes. Whatever stops it, no request is left behind."""
+    def _run(self, calls: list[_Call]) -> Iterator[tuple[_Call, CompletionOutput]]:
+        """Serves calls to their end and yields what is new to each. Whatever stops it, no request is left behind."""
         owner = {child: call for call in calls for child in call.ids}
         try:
             for call in calls:
@@ -347,12 +348,14 @@ class LLM:
                 outputs = self.engine.step()
                 while outputs:
                     aborted: list[str] = []
+                    now = time.monotonic()
                     for came in outputs:
-                        output, abort = owner[came.request_id].take(came, time.monotonic(), NO_OBSERVER)
+                        call = owner[came.request_id]
+                        new, abort = call.take(came, now, NO_OBSERVER)
                         if abort:
                             aborted.append(came.request_id)
-                        if output is not None:
-                            yield output
+                        if new is not None:
+                            yield call, new
                     outputs = self.engine.abort(aborted)
         finally:
             self.engine.abort([child for call in calls for child in call.ids])
@@ -500,11 +503,11 @@ class AsyncLLM:
             if entry is None:
                 continue
             call, queue = entry
-            output, abort = call.take(came, now, self._observer)
+            new, abort = call.take(came, now, self._observer)
             if abort:
                 aborted.append(came.request_id)
-            if output is not None:
-                queue.put_nowait(output)
+            if new is not None:
+                queue.put_nowait(call.emit(new))
             if came.finish_reason is not None:
                 self._forget([came.request_id])
         if aborted:
