@@ -12,11 +12,10 @@ import dataclasses
 import itertools
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, cast
 
 import msgspec
 
-from tokenmill.engine.client import EngineClient
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.events import Event
@@ -24,7 +23,6 @@ from tokenmill.engine.executor import LocalExecutor, Progress
 from tokenmill.engine.messages import Refused, Step
 from tokenmill.errors import EngineError, RequestError, UnavailableError
 from tokenmill.models.folder import resolve
-from tokenmill.text.chat import encode_chat
 from tokenmill.text.stream import TextStream
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.types import (
@@ -37,6 +35,9 @@ from tokenmill.types import (
     RequestStats,
     SamplingParams,
 )
+
+if TYPE_CHECKING:
+    from tokenmill.engine.client import EngineClient
 
 __all__ = ["LLM", "NO_OBSERVER", "AsyncLLM", "Health", "Observer", "Prompt"]
 
@@ -316,6 +317,8 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or many, through the model's chat template."""
+        from tokenmill.text.chat import encode_chat  # and with it jinja2, which only this needs
+
         one = not messages or isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Conversation], [messages] if one else messages)
         prompts = [
@@ -394,6 +397,8 @@ class AsyncLLM:
         Raises:
             ModelError, ConfigError, EngineError: whatever kept the engine from starting.
         """
+        from tokenmill.engine.client import EngineClient  # and with it zmq, which only this needs
+
         llm = cls(config, Tokenizer.load(resolve(config.model.model)), observer)
         llm._client = await EngineClient.start(config, llm._on_report, llm._on_death, progress)
         return llm
