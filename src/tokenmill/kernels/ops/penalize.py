@@ -35,10 +35,10 @@ def reference(
     """See the module's docstring."""
     for row, own in enumerate(logits):
         known = history[starts[row] : starts[row + 1]]
-        seen = known.unique()
+        seen = known.unique()  # type: ignore[no-untyped-call]
         values = own[seen]
         own[seen] = torch.where(values > 0, values / repetition[row], values * repetition[row])
-        output, counts = known[prompt_lens[row] :].unique(return_counts=True)
+        output, counts = known[prompt_lens[row] :].unique(return_counts=True)  # type: ignore[no-untyped-call]
         own[output] -= counts.to(logits.dtype) * frequency[row] + presence[row]
 
 
