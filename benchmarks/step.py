@@ -1,4 +1,4 @@
-"""Where the time of a decode step goes: each part of the layers, head, sampling, and the rest, which is Python and torch.
+"""Where the time of a decode step goes: parts of the layers, head, sampling, and the rest, which is Python and torch.
 
     python benchmarks/step.py [--rows 32] [--prompt 128] [--steps 30] [--quantize none|int8|int4]
 
