@@ -12,11 +12,10 @@ import dataclasses
 import itertools
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, cast
 
 import msgspec
 
-from tokenmill.engine.client import EngineClient
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.events import Event
@@ -24,7 +23,6 @@ from tokenmill.engine.executor import LocalExecutor, Progress
 from tokenmill.engine.messages import Refused, Step
 from tokenmill.errors import EngineError, RequestError, UnavailableError
 from tokenmill.models.folder import resolve
-from tokenmill.text.chat import encode_chat
 from tokenmill.text.stream import TextStream
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.types import (
@@ -37,6 +35,9 @@ from tokenmill.types import (
     RequestStats,
     SamplingParams,
 )
+
+if TYPE_CHECKING:
+    from tokenmill.engine.client import EngineClient
 
 __all__ = ["LLM", "NO_OBSERVER", "AsyncLLM", "Health", "Observer", "Prompt"]
 
@@ -165,12 +166,12 @@ class _Call:
             )
         return requests
 
-    def take(self, came: EngineOutput, now: float, observer: Observer) -> tuple[RequestOutput | None, bool]:
+    def take(self, came: EngineOutput, now: float, observer: Observer) -> tuple[CompletionOutput | None, bool]:
         """Adds what came to one completion.
 
         Returns:
-            The output to hand on, None if nothing of it is new to the caller, and whether the engine request must be
-            aborted because a stop string ended its text.
+            What is new to the caller, for `emit`, None if nothing is, and whether the engine request must be aborted
+            because a stop string ended its text.
         """
         completion = self._open[came.request_id]
         output = completion.output
@@ -198,7 +199,7 @@ class _Call:
             output.logprobs = output.logprobs or []
             output.logprobs += new.logprobs
         nothing = not new.token_ids and not new.text and new.finish_reason is None
-        return (None if nothing else self._emit(new)), abort
+        return (None if nothing else new), abort
 
     def _finish(self, completion: _Completion, came: EngineOutput, new: CompletionOutput, observer: Observer) -> None:
         output = completion.output
@@ -214,7 +215,7 @@ class _Call:
             self.output.stats.append(came.stats)
             observer.finished(came.stats, reason, self.params)
 
-    def _emit(self, new: CompletionOutput) -> RequestOutput:
+    def emit(self, new: CompletionOutput) -> RequestOutput:
         """What the caller sees: only the new piece, or a copy of everything so far."""
         if self._delta:
             return msgspec.structs.replace(self.output, outputs=[new], stats=list(self.output.stats))
@@ -303,7 +304,7 @@ class LLM:
             )  # fmt: skip
         calls = [self._call(prompt, one) for prompt, one in zip(many, params, strict=True)]
         for _ in self._run(calls):
-            pass
+            pass  # the calls gather what comes
         return [call.output for call in calls]
 
     def chat(
@@ -316,6 +317,8 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or many, through the model's chat template."""
+        from tokenmill.text.chat import encode_chat  # and with it jinja2, which only this needs
+
         one = not messages or isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Conversation], [messages] if one else messages)
         prompts = [
@@ -329,15 +332,16 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Completes one prompt and yields each piece as it comes. Closing the iterator aborts the request."""
-        yield from self._run([self._call(prompt, sampling_params or SamplingParams())])
+        for call, new in self._run([self._call(prompt, sampling_params or SamplingParams())]):
+            yield call.emit(new)
 
     def _call(self, prompt: Prompt, params: SamplingParams) -> _Call:
         text, ids = _tokenize(self.tokenizer, prompt)
         params = _with_bad_words(self.tokenizer, params)
         return _Call(str(next(self._numbers)), text, ids, params, self.tokenizer, delta=True)
 
-    def _run(self, calls: list[_Call]) -> Iterator[RequestOutput]:
-        """Serves calls to their end and yields what comes. Whatever stops it, no request is left behind."""
+    def _run(self, calls: list[_Call]) -> Iterator[tuple[_Call, CompletionOutput]]:
+        """Serves calls to their end and yields what is new to each. Whatever stops it, no request is left behind."""
         owner = {child: call for call in calls for child in call.ids}
         try:
             for call in calls:
@@ -347,12 +351,14 @@ class LLM:
                 outputs = self.engine.step()
                 while outputs:
                     aborted: list[str] = []
+                    now = time.monotonic()
                     for came in outputs:
-                        output, abort = owner[came.request_id].take(came, time.monotonic(), NO_OBSERVER)
+                        call = owner[came.request_id]
+                        new, abort = call.take(came, now, NO_OBSERVER)
                         if abort:
                             aborted.append(came.request_id)
-                        if output is not None:
-                            yield output
+                        if new is not None:
+                            yield call, new
                     outputs = self.engine.abort(aborted)
         finally:
             self.engine.abort([child for call in calls for child in call.ids])
@@ -391,6 +397,8 @@ class AsyncLLM:
         Raises:
             ModelError, ConfigError, EngineError: whatever kept the engine from starting.
         """
+        from tokenmill.engine.client import EngineClient  # and with it zmq, which only this needs
+
         llm = cls(config, Tokenizer.load(resolve(config.model.model)), observer)
         llm._client = await EngineClient.start(config, llm._on_report, llm._on_death, progress)
         return llm
@@ -500,11 +508,11 @@ class AsyncLLM:
             if entry is None:
                 continue
             call, queue = entry
-            output, abort = call.take(came, now, self._observer)
+            new, abort = call.take(came, now, self._observer)
             if abort:
                 aborted.append(came.request_id)
-            if output is not None:
-                queue.put_nowait(output)
+            if new is not None:
+                queue.put_nowait(call.emit(new))
             if came.finish_reason is not None:
                 self._forget([came.request_id])
         if aborted:

@@ -4,6 +4,7 @@ The expected values are written here a second time, naively and in float64.
 """
 
 import importlib
+import itertools
 import math
 
 import pytest
@@ -147,6 +148,19 @@ def check_token_logprobs(actual, logits, tokens, k):
     close(top, expected.gather(1, top_ids))
 
 
+def check_penalize(mutated, logits, history, starts, prompt_lens, repetition, frequency, presence):
+    (actual,), expected = mutated, logits.clone()
+    for row, (begin, end) in enumerate(itertools.pairwise(starts.tolist())):
+        known = history[begin:end].tolist()
+        output = known[prompt_lens[row] :]
+        for token in set(known):
+            was = logits[row, token].double()
+            now = was / repetition[row] if was > 0 else was * repetition[row]
+            count = output.count(token)
+            expected[row, token] = now - (count * frequency[row] + presence[row] if count else 0)
+    close(actual, expected.double())
+
+
 def close(actual, expected):
     rtol, atol = TOLERANCE[actual.dtype]
     torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=atol)
@@ -172,10 +186,13 @@ CHECKS = {
     "linear": expect(linear),
     "kv_write": check_kv_write,
     "paged_attention": expect(paged_attention),
+    "penalize": check_penalize,
     "sample": check_sample,
     "token_logprobs": check_token_logprobs,
 }
 NAMED = {op.name: list(importlib.import_module(f"tokenmill.kernels.ops.{op.name}").cases()) for op in OPS}
+MUTATED = {"kv_write": slice(2, 4), "penalize": slice(1)}
+"""The arguments that an operation changes instead of returning something."""
 CASES = {name: [arguments for _, arguments in cases] for name, cases in NAMED.items()}
 
 
@@ -192,7 +209,7 @@ def runs():
 def test_agrees_with_the_contract(name, function, device, arguments):
     there = [x.to(device, copy=True) if isinstance(x, torch.Tensor) else x for x in arguments]
     actual = function(*there)
-    mutated = there[2:4] if name == "kv_write" else []
+    mutated = there[MUTATED[name]] if name in MUTATED else []
     results = mutated or actual
     CHECKS[name](results.cpu() if isinstance(results, torch.Tensor) else tuple(x.cpu() for x in results), *arguments)
     for before, after in zip(arguments, there, strict=True):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+
+import msgspec
 
 from tokenmill.types import SamplingParams, TokenLogprobs
 
 __all__ = ["PlannedRow", "RowResult", "SampleRow", "StepPlan", "StepResult"]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class SampleRow:
+class SampleRow(msgspec.Struct, frozen=True):
     """What the sampler needs to choose one token. Holds no state, so a preemption cannot lose any."""
 
     request_id: str
@@ -28,8 +28,7 @@ class SampleRow:
     """End-of-text and stop tokens: forbidden until `min_tokens` are generated."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class PlannedRow:
+class PlannedRow(msgspec.Struct, frozen=True):
     """Tokens of one request to compute in this step, at positions ``start .. start + len(tokens) - 1``."""
 
     request_id: str
@@ -45,8 +44,7 @@ class PlannedRow:
     """Most likely tokens to report for each of `scored`."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(msgspec.Struct, frozen=True):
     """One step. `copies` come before anything is written."""
 
     step: int
@@ -62,8 +60,7 @@ class StepPlan:
         return sum(len(row.tokens) for row in self.rows)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class RowResult:
+class RowResult(msgspec.Struct, frozen=True):
     """What came of one row: the tokens chosen, none while a prompt is not finished."""
 
     tokens: tuple[int, ...] = ()
@@ -73,8 +70,7 @@ class RowResult:
     """One entry per token of `PlannedRow.scored`."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(msgspec.Struct, frozen=True):
     """The results of a plan's rows, in their order."""
 
     step: int

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from itertools import accumulate
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from tokenmill.engine.kv.pool import NULL_BLOCK
 from tokenmill.engine.memory import ModelFacts
-from tokenmill.engine.plan import PlannedRow, RowResult, StepPlan, StepResult
-from tokenmill.engine.sampler import prompt_logprobs, sample_rows
+from tokenmill.engine.plan import RowResult, StepPlan, StepResult
+from tokenmill.engine.sampler import column_tensor, prompt_logprobs, sample_rows
 from tokenmill.models.batch import ForwardBatch
 from tokenmill.models.decoder import Decoder
 
@@ -33,13 +34,17 @@ class Runner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Computes one step. Writes KV memory; keeps no other state."""
-        self._cache.copy_blocks(plan.copies)
+        if plan.copies:
+            self._cache.copy_blocks(plan.copies)
         hidden = self._decoder.forward(self._batch(plan), self._cache)
         ends = list(accumulate(len(row.tokens) for row in plan.rows))
         chosen = [index for index, row in enumerate(plan.rows) if row.sample]
         results = [RowResult()] * len(plan.rows)
         if chosen:
-            logits = self._decoder.logits(hidden[[ends[index] - 1 for index in chosen]])
+            last = hidden
+            if len(chosen) < len(hidden):
+                last = hidden.index_select(0, self._tensor(array("q", [ends[index] - 1 for index in chosen])))
+            logits = self._decoder.logits(last)
             sampled = sample_rows(logits, [row.sample for row in plan.rows if row.sample])
             for index, token, logprobs in zip(chosen, sampled.token_ids, sampled.logprobs, strict=True):
                 results[index] = RowResult((token,), () if logprobs is None else (logprobs,))
@@ -52,34 +57,39 @@ class Runner:
         return StepResult(plan.step, tuple(results))
 
     def _batch(self, plan: StepPlan) -> ForwardBatch:
-        rows, padding = plan.rows, plan.padding
-        token_ids = [token for row in rows for token in row.tokens] + [0] * padding
-        positions = np.concatenate([np.arange(row.start, row.start + len(row.tokens)) for row in rows])
-        groups = range(len(self._layout.groups))
-        tables = [self._tables(rows, group) for group in groups]
-        query_start = np.zeros(len(rows) + 1, np.int32)
-        np.cumsum([len(row.tokens) for row in rows], out=query_start[1:])
-        row_of = np.repeat(np.arange(len(rows)), np.diff(query_start))
+        # Arrays of Python's own: to fill them for the few tokens of a common step takes less than one call of numpy.
         size = self._layout.block_size
-        slots = [
-            np.pad(table[row_of, positions // size] * size + positions % size, (0, padding), constant_values=-1)
-            for table in tables
-        ]
+        token_ids, positions = array("q"), array("q")
+        query_start, context_lens = array("i", [0]), array("i")
+        slots = [array("q") for _ in self._layout.groups]
+        for row in plan.rows:
+            own = range(row.start, row.start + len(row.tokens))
+            token_ids.extend(row.tokens)
+            positions.extend(own)
+            query_start.append(len(positions))
+            context_lens.append(own.stop)
+            for of_group, table in zip(slots, row.tables, strict=True):
+                of_group.extend([table[position // size] * size + position % size for position in own])
+        for column, value in ((token_ids, 0), (positions, 0), *((of_group, -1) for of_group in slots)):
+            column.extend([value] * plan.padding)
+        tables = [self._table([row.tables[group] for row in plan.rows]) for group in range(len(slots))]
         return ForwardBatch(
-            token_ids=self._tensor(np.array(token_ids, np.int64)),
-            positions=self._tensor(np.pad(positions, (0, padding))),
+            token_ids=self._tensor(token_ids),
+            positions=self._tensor(positions),
             slots=tuple(map(self._tensor, slots)),
-            block_tables=tuple(self._tensor(table.astype(np.int32)) for table in tables),
+            block_tables=tuple(tables),
             query_start=self._tensor(query_start),
-            context_lens=self._tensor(np.array([row.start + len(row.tokens) for row in rows], np.int32)),
+            context_lens=self._tensor(context_lens),
         )
 
-    def _tables(self, rows: tuple[PlannedRow, ...], group: int) -> np.ndarray:
-        """Block tables of one group, int64 [rows, longest]; shorter ones end in null blocks."""
-        tables = np.zeros((len(rows), max(len(row.tables[group]) for row in rows)), np.int64)
-        for index, row in enumerate(rows):
-            tables[index, : len(row.tables[group])] = row.tables[group]
-        return tables
+    def _table(self, rows: list[tuple[int, ...]]) -> Tensor:
+        """Block tables of one group, [rows, longest] int32; shorter ones end in null blocks."""
+        longest = max(map(len, rows))
+        table = array("i")
+        for row in rows:
+            table.extend(row)
+            table.extend([NULL_BLOCK] * (longest - len(row)))
+        return self._tensor(table).view(len(rows), longest)
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._decoder.device)
+    def _tensor(self, column: array[int]) -> Tensor:
+        return column_tensor(column, self._decoder.device)

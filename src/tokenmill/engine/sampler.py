@@ -7,8 +7,9 @@ The steps and their order are vLLM's: allowed tokens, bad words, minimum length,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TypeVar
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +20,14 @@ from tokenmill import kernels
 from tokenmill.engine.plan import SampleRow
 from tokenmill.types import SamplingParams, TokenLogprobs
 
-__all__ = ["Sampled", "prompt_logprobs", "sample_rows", "uniforms"]
-
-Number = TypeVar("Number", np.float32, np.int64)
+__all__ = ["Sampled", "column_tensor", "prompt_logprobs", "sample_rows", "uniforms"]
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 """The increment of SplitMix64: odd, near 2^64 divided by the golden ratio."""
 _CHUNK = 64
 """Rows of a prompt to compute log probabilities of at a time; bounds the extra memory."""
+_DTYPES = {"i": torch.int32, "q": torch.int64, "f": torch.float32, "d": torch.float64}
+"""By the type code of an array."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,20 +47,24 @@ def sample_rows(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
         rows: what each of the R rows asks for. A row's token does not depend on the other rows.
     """
     logits = logits.float()
+    device = logits.device
     params = [row.params for row in rows]
     wanted = {index: p.logprobs for index, p in enumerate(params) if p.logprobs is not None}
-    raw = logits[list(wanted)]  # a copy of what is about to change
-    for own, row in zip(logits, rows, strict=True):
-        _restrict(own, row)
-        _penalize(own, row)
-    device = logits.device
+    raw = logits[list(wanted)] if wanted else logits  # a copy of what is about to change
+    for index, row in enumerate(rows):
+        _restrict(logits, index, row)
+    _penalize(logits, rows)
+    temperatures = [0.0 if p.greedy else p.temperature for p in params]
+    uniform = np.zeros(len(rows))
+    if any(temperatures):
+        uniform = uniforms([row.seed for row in rows], [row.position for row in rows])
     chosen = kernels.sample(
         logits,
-        _column([0.0 if p.greedy else p.temperature for p in params], np.float32, device),
-        _column([max(p.top_k, 0) for p in params], np.int64, device),
-        _column([p.top_p for p in params], np.float32, device),
-        _column([p.min_p for p in params], np.float32, device),
-        torch.from_numpy(uniforms([row.seed for row in rows], [row.position for row in rows])).to(device),
+        _column("f", temperatures, device),
+        _column("q", [max(p.top_k, 0) for p in params], device),
+        _column("f", [p.top_p for p in params], device),
+        _column("f", [p.min_p for p in params], device),
+        torch.from_numpy(uniform).to(device),
     )
     found: list[TokenLogprobs | None] = [None] * len(rows)
     if wanted:
@@ -77,7 +82,7 @@ def prompt_logprobs(logits: Tensor, next_tokens: Sequence[int], k: int) -> list[
         next_tokens: the T tokens after each position.
         k: most likely tokens to report beside each.
     """
-    tokens = _column(next_tokens, np.int64, logits.device)
+    tokens = _column("q", next_tokens, logits.device)
     found: list[TokenLogprobs] = []
     for start in range(0, len(tokens), _CHUNK):
         found += _token_logprobs(logits[start : start + _CHUNK].float(), tokens[start : start + _CHUNK], k)
@@ -103,49 +108,63 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
-def _column(values: Sequence[float], dtype: type[Number], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.array(values, dtype)).to(device)
+def column_tensor(column: array[Any], device: torch.device) -> Tensor:
+    """An array of type i, q, f or d as a tensor of that type on `device`. Shares its memory where that is the CPU."""
+    if not column:  # which has no memory to share
+        return torch.empty(0, dtype=_DTYPES[column.typecode], device=device)
+    return torch.frombuffer(column, dtype=_DTYPES[column.typecode]).to(device)
+
+
+def _column(typecode: str, values: Iterable[float], device: torch.device) -> Tensor:
+    return column_tensor(array(typecode, values), device)
 
 
 def _penalizes(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
 
 
-def _restrict(logits: Tensor, row: SampleRow) -> None:
-    """Applies what names tokens, in place, to one row's logits[V]."""
+def _restrict(logits: Tensor, index: int, row: SampleRow) -> None:
+    """Applies what names tokens, in place, to one row of logits [R, V]."""
     params, device = row.params, logits.device
     if params.allowed_token_ids is not None:
-        allowed = _column(params.allowed_token_ids, np.int64, device)
-        kept = logits[allowed]
-        logits.fill_(float("-inf"))
-        logits[allowed] = kept
+        allowed = _column("q", params.allowed_token_ids, device)
+        kept = logits[index, allowed]
+        logits[index] = float("-inf")
+        logits[index, allowed] = kept
     forbidden = [word[-1] for word in params.bad_words_ids if _ends_with(row.history, word[:-1])]
     if row.generated < params.min_tokens:
         forbidden += row.stop_ids
     if forbidden:
-        logits[_column(forbidden, np.int64, device)] = float("-inf")
+        logits[index, _column("q", forbidden, device)] = float("-inf")
     if params.logit_bias:
-        biased = _column(list(params.logit_bias), np.int64, device)
-        logits[biased] += _column(list(params.logit_bias.values()), np.float32, device)
+        biased = _column("q", params.logit_bias, device)
+        logits[index, biased] += _column("f", params.logit_bias.values(), device)
 
 
 def _ends_with(history: Sequence[int], tail: list[int]) -> bool:
     return not tail or list(history[-len(tail) :]) == tail
 
 
-def _penalize(logits: Tensor, row: SampleRow) -> None:
-    """Applies the penalties, in place, to one row's logits[V]: repetition to all tokens, the others to the output."""
-    params = row.params
-    if not _penalizes(params):
+def _penalize(logits: Tensor, rows: Sequence[SampleRow]) -> None:
+    """Applies the penalties, in place, to logits [R, V]; to a row without any as to one without a history."""
+    if not any(_penalizes(row.params) for row in rows):
         return
-    history = np.array(row.history, np.int64)
-    if params.repetition_penalty != 1.0:
-        seen = torch.from_numpy(np.unique(history)).to(logits.device)
-        values = logits[seen]
-        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
-    output, counts = np.unique(history[row.prompt_len :], return_counts=True)
-    penalty = torch.from_numpy(counts).to(logits) * params.frequency_penalty + params.presence_penalty
-    logits[torch.from_numpy(output).to(logits.device)] -= penalty
+    history, ends, prompt_lens = array("q"), [0], []
+    for row in rows:
+        counts = _penalizes(row.params)
+        history.extend(row.history if counts else ())
+        ends.append(len(history))
+        prompt_lens.append(row.prompt_len if counts else 0)
+    params, device = [row.params for row in rows], logits.device
+    kernels.penalize(
+        logits,
+        column_tensor(history, device),
+        _column("q", ends, device),
+        _column("q", prompt_lens, device),
+        _column("f", [p.repetition_penalty for p in params], device),
+        _column("f", [p.frequency_penalty for p in params], device),
+        _column("f", [p.presence_penalty for p in params], device),
+    )
 
 
 def _token_logprobs(logits: Tensor, tokens: Tensor, k: int) -> list[TokenLogprobs]:

@@ -9,6 +9,7 @@ from tokenmill.kernels.ops import gelu_mul as _gelu_mul
 from tokenmill.kernels.ops import kv_write as _kv_write
 from tokenmill.kernels.ops import linear as _linear
 from tokenmill.kernels.ops import paged_attention as _paged_attention
+from tokenmill.kernels.ops import penalize as _penalize
 from tokenmill.kernels.ops import rms_norm as _rms_norm
 from tokenmill.kernels.ops import rope as _rope
 from tokenmill.kernels.ops import sample as _sample
@@ -21,6 +22,7 @@ __all__ = [
     "kv_write",
     "linear",
     "paged_attention",
+    "penalize",
     "rms_norm",
     "rope",
     "sample",
@@ -35,8 +37,9 @@ gelu_mul = Op("gelu_mul", _gelu_mul.reference)
 linear = Op("linear", _linear.reference)
 kv_write = Op("kv_write", _kv_write.reference)
 paged_attention = Op("paged_attention", _paged_attention.reference)
+penalize = Op("penalize", _penalize.reference)
 sample = Op("sample", _sample.reference)
 token_logprobs = Op("token_logprobs", _token_logprobs.reference)
 
-OPS = (rms_norm, rope, silu_mul, gelu_mul, linear, kv_write, paged_attention, sample, token_logprobs)
+OPS = (rms_norm, rope, silu_mul, gelu_mul, linear, kv_write, paged_attention, penalize, sample, token_logprobs)
 """All of them, for `tokenmill doctor` and the contract tests."""

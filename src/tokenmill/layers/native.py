@@ -1,13 +1,10 @@
-"""The layers over the native CPU kernels: the same blocks, with several operations to a call.
+"""What a model is made of on the native CPU kernels: layers that run in one call, embedding and head.
 
-A pre-norm layer is five calls: norm, qkv, rotation and cache write; attention; the way back; norm and gated product;
-the way back. They stand beside the blocks of `models.decoder`, which say the same in single operations and run
-everywhere.
+They stand beside the blocks of `models.decoder`, which say the same in single operations and run everywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,83 +12,23 @@ from torch import Tensor
 from tokenmill.kernels.cpu.attention_ops import PackedCache, serves
 from tokenmill.kernels.cpu.fused_ops import AttentionInput, MlpInput
 from tokenmill.kernels.cpu.packed import Format, PackedWeight, pack
-from tokenmill.kernels.cpu.row_ops import rms_norm, rms_norm_add
-from tokenmill.layers.attention import KVView
+from tokenmill.kernels.cpu.row_ops import rms_norm
+from tokenmill.kernels.cpu.stack_ops import Layer, Stack, WayBack
 
 __all__ = [
     "AttentionInput",
     "Format",
+    "Layer",
     "MlpInput",
-    "NativeAttention",
-    "NativeBlock",
     "NativeEmbedding",
     "NativeHead",
+    "PackedCache",
     "PackedWeight",
-    "add",
-    "add_normed",
+    "Stack",
+    "WayBack",
     "pack",
     "serves",
 ]
-
-
-WayBack = Callable[[PackedWeight, Tensor, Tensor], Tensor]
-"""Adds a projection of its second argument to the residual stream, its third."""
-
-
-def add(projection: PackedWeight, x: Tensor, residual: Tensor) -> Tensor:
-    """``residual += projection(x)``."""
-    return projection.linear_add(x, residual)
-
-
-def add_normed(norm: Tensor, eps: float) -> WayBack:
-    """``residual += norm(projection(x))``."""
-
-    def add_projection(projection: PackedWeight, x: Tensor, residual: Tensor) -> Tensor:
-        return rms_norm_add(projection.linear(x), norm, eps, residual)
-
-    return add_projection
-
-
-class NativeAttention:
-    """Attention over the packed cache of one layer, from the residual stream to the input of the way back.
-
-    Args:
-        prepare: norm, qkv, rotation and cache write.
-        scale, window, softcap: as `kernels.paged_attention` takes them.
-    """
-
-    def __init__(self, prepare: AttentionInput, scale: float, window: int | None, softcap: float | None) -> None:
-        self._prepare = prepare
-        self._options = (scale, window, softcap)
-        self._cache: PackedCache | None = None
-
-    def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], kv: KVView) -> Tensor:
-        """[T, H] to [T, Hq * D]. Writes the tokens' keys and values into the cache."""
-        cache = self._cache
-        if cache is None or cache.keys is not kv.k_cache or cache.values is not kv.v_cache:
-            cache = self._cache = PackedCache(kv.k_cache, kv.v_cache)  # once: a model keeps its cache
-        q = self._prepare(x, angles, cache, kv.slots)
-        attended = cache.attend(q, kv.block_table, kv.query_start, kv.context_lens, *self._options)
-        return attended.flatten(1)
-
-
-@dataclass(frozen=True)
-class NativeBlock:
-    """One layer of any kind: norms before the two halves are in the calls that begin them, norms after in the ways
-    back.
-    """
-
-    attention: NativeAttention
-    out: PackedWeight
-    attention_back: WayBack
-    mlp: MlpInput
-    down: PackedWeight
-    mlp_back: WayBack
-
-    def __call__(self, x: Tensor, angles: tuple[Tensor, Tensor], kv: KVView) -> Tensor:
-        """The residual stream [T, H], changed in place."""
-        x = self.attention_back(self.out, self.attention(x, angles, kv), x)
-        return self.mlp_back(self.down, self.mlp(x), x)
 
 
 @dataclass(frozen=True)

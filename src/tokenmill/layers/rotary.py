@@ -29,4 +29,5 @@ class Rotary:
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [T] int64 to cosine and sine, both [T, R/2] float32."""
         angles = positions.unsqueeze(1) * self._frequencies
-        return angles.cos().mul_(self._factor), angles.sin_().mul_(self._factor)
+        cos, sin = angles.cos(), angles.sin_()
+        return (cos, sin) if self._factor == 1.0 else (cos.mul_(self._factor), sin.mul_(self._factor))

@@ -11,7 +11,10 @@ from torch import Tensor
 from tokenmill.kernels.memory import zeros
 from tokenmill.models.spec import KVLayout, kv_row_bytes
 
-__all__ = ["ForwardBatch", "KVCache"]
+__all__ = ["Angles", "ForwardBatch", "KVCache"]
+
+Angles = tuple[Tensor, Tensor]
+"""Cosine and sine of the tokens' positions, both [T, R/2] float32."""
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,15 @@
 """The decoder: layers built from a description, run over a paged cache.
 
 How attention and feed-forward are joined to the residual stream is the kind of block; each kind is a class. Objects
-here are plain holders of tensors: a forward pass is a few calls per layer and nothing else.
+here are plain holders of tensors: a forward pass is a few calls per layer, or on the native kernels one call for all
+layers, and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,18 +21,12 @@ from tokenmill.layers.linear import Linear
 from tokenmill.layers.mlp import ACTIVATIONS, GatedMLP
 from tokenmill.layers.norm import RMSNorm
 from tokenmill.layers.rotary import Rotary
-from tokenmill.models.batch import ForwardBatch, KVCache
+from tokenmill.models.batch import Angles, ForwardBatch, KVCache
 from tokenmill.models.rope import RopeSpec
 from tokenmill.models.spec import BLOCK_NORMS, AttentionSpec, KVLayout, LayerSpec, ModelSpec
 from tokenmill.quant.weight import Quantized
 
-if TYPE_CHECKING:
-    from tokenmill.layers.native import NativeBlock
-
-__all__ = ["Decoder", "PostNormBlock", "PreNormBlock", "SandwichNormBlock", "plain_block", "usable"]
-
-Angles = tuple[Tensor, Tensor]
-"""Cosine and sine of the tokens' positions, both [T, R/2] float32."""
+__all__ = ["Decoder", "PlainStack", "PostNormBlock", "PreNormBlock", "SandwichNormBlock", "plain_block", "usable"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +117,34 @@ def _own(index: int, weights: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removeprefix(prefix): each for name, each in weights.items() if name.startswith(prefix)}
 
 
+class Layers(Protocol):
+    """All layers of a model."""
+
+    def __call__(self, x: Tensor, angles: Sequence[Angles], batch: ForwardBatch, cache: KVCache) -> Tensor:
+        """The residual stream [T, H] behind the last layer; x may be changed. Writes the tokens' KV to `cache`.
+
+        Args:
+            angles: by rope.
+        """
+
+
+@dataclass(frozen=True)
+class PlainStack:
+    """Layers over the plain operators, with the number of the angles that each rotates by."""
+
+    blocks: Sequence[Block]
+    ropes: Sequence[int]
+
+    def __call__(self, x: Tensor, angles: Sequence[Angles], batch: ForwardBatch, cache: KVCache) -> Tensor:
+        for index, (block, rope) in enumerate(zip(self.blocks, self.ropes, strict=True)):
+            keys, values, group = cache.layer(index)
+            kv = KVView(
+                keys, values, batch.slots[group], batch.block_tables[group], batch.query_start, batch.context_lens
+            )
+            x = block(x, angles[rope], kv)
+        return x
+
+
 def usable(spec: ModelSpec, dtype: torch.dtype, device: torch.device, block_size: int) -> bool:
     """Whether a model can run on the native CPU kernels: they are built, and made for its type and sizes."""
     if device.type != "cpu" or not block_size or native_isa() is None:
@@ -154,29 +177,34 @@ class Decoder:
         head = table if spec.tied_head else weights["head"]
         scale = torch.tensor(spec.embedding_scale, dtype=self.dtype, device=self.device)
         layers = [(layer, _own(index, weights)) for index, layer in enumerate(spec.layers)]
+        # Layers that rotate alike share the angles, which are computed once per forward pass.
+        ropes: list[RopeSpec] = list(dict.fromkeys(layer.attention.rope for layer in spec.layers))
+        rope_of = [ropes.index(layer.attention.rope) for layer in spec.layers]
+        self._rotaries = [
+            Rotary(rope.frequencies(spec.max_position), rope.attention_factor, self.device) for rope in ropes
+        ]
         self._embedding: Callable[[Tensor], Tensor]
+        self._layers: Layers
         self._norm: Callable[[Tensor], Tensor]
         self._head: Callable[[Tensor], Tensor]
-        self._blocks: list[Block | NativeBlock]
         if native:
             from tokenmill.layers.native import NativeEmbedding
-            from tokenmill.models.native import native_block, native_head
+            from tokenmill.models.native import NativeStack, native_head, native_layer
 
             end = native_head(spec, weights["norm"], head)
             self._embedding, self._norm, self._head = NativeEmbedding(table, scale.item()), end.normed, end
-            self._blocks = [native_block(layer, own, spec.norm_eps) for layer, own in layers]
+            self._layers = NativeStack(
+                [
+                    native_layer(layer, own, spec.norm_eps, rope)
+                    for (layer, own), rope in zip(layers, rope_of, strict=True)
+                ]
+            )
         else:
             quantized = isinstance(table, Quantized)
             self._embedding = QuantizedEmbedding(table, scale) if quantized else Embedding(table, scale)
             self._norm = RMSNorm(weights["norm"], spec.norm_eps)
             self._head = LogitsHead(Linear(head), spec.logit_softcap)
-            self._blocks = [plain_block(layer, own, spec.norm_eps) for layer, own in layers]
-        # Layers that rotate alike share the angles, which are computed once per forward pass.
-        ropes: list[RopeSpec] = list(dict.fromkeys(layer.attention.rope for layer in spec.layers))
-        self._rotaries = [
-            Rotary(rope.frequencies(spec.max_position), rope.attention_factor, self.device) for rope in ropes
-        ]
-        self._rope_of = [ropes.index(layer.attention.rope) for layer in spec.layers]
+            self._layers = PlainStack([plain_block(layer, own, spec.norm_eps) for layer, own in layers], rope_of)
 
     def new_cache(self, layout: KVLayout, num_blocks: int) -> KVCache:
         """An empty cache on the model's device, of its type or quantized; `layout` is made for this model's spec."""
@@ -185,15 +213,8 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Hidden states after the last norm, [T, hidden_size] in the model's type. Writes the tokens' KV to `cache`."""
-        x = self._embedding(batch.token_ids)
         angles = [rotary(batch.positions) for rotary in self._rotaries]
-        for index, (block, rope) in enumerate(zip(self._blocks, self._rope_of, strict=True)):
-            keys, values, group = cache.layer(index)
-            kv = KVView(
-                keys, values, batch.slots[group], batch.block_tables[group], batch.query_start, batch.context_lens
-            )
-            x = block(x, angles[rope], kv)
-        return self._norm(x)
+        return self._norm(self._layers(self._embedding(batch.token_ids), angles, batch, cache))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor
@@ -10,20 +10,21 @@ from torch import Tensor
 from tokenmill.layers.native import (
     AttentionInput,
     Format,
+    Layer,
     MlpInput,
-    NativeAttention,
-    NativeBlock,
     NativeHead,
+    PackedCache,
     PackedWeight,
-    add,
-    add_normed,
+    Stack,
+    WayBack,
     pack,
 )
+from tokenmill.models.batch import Angles, ForwardBatch, KVCache
 from tokenmill.models.spec import LayerSpec, ModelSpec
 from tokenmill.quant import panels
 from tokenmill.quant.weight import Quantized
 
-__all__ = ["native_block", "native_head", "packed"]
+__all__ = ["NativeStack", "native_head", "native_layer", "packed"]
 
 
 def packed(name: str, weight: Tensor | Quantized, bias: Tensor | None, quantize: str, activations: str) -> PackedWeight:
@@ -43,11 +44,12 @@ def packed(name: str, weight: Tensor | Quantized, bias: Tensor | None, quantize:
     return made.taking(activations)
 
 
-def native_block(layer: LayerSpec, own: Mapping[str, Any], eps: float) -> NativeBlock:
+def native_layer(layer: LayerSpec, own: Mapping[str, Any], eps: float, rope: int) -> Layer:
     """One layer.
 
     Args:
         own: its weights, named as in `spec.weight_shapes` without their prefix; matrices `packed`.
+        rope: which of the model's angles it rotates by.
     """
     attention, mlp = layer.attention, layer.mlp
     prepare = AttentionInput(
@@ -61,15 +63,38 @@ def native_block(layer: LayerSpec, own: Mapping[str, Any], eps: float) -> Native
         attention.head_dim,
         attention.rope.dim,
     )
-    backs = [add_normed(own[name], eps) if name in own else add for name in ("attention_post_norm", "mlp_post_norm")]
-    return NativeBlock(
-        NativeAttention(prepare, attention.scale, attention.window, attention.softcap),
-        own["attention.out"],
-        backs[0],
+    return Layer(
+        prepare,
+        attention.scale,
+        attention.window,
+        attention.softcap,
+        WayBack(own["attention.out"], own.get("attention_post_norm"), eps),
         MlpInput(own.get("mlp_norm"), eps, own["mlp.gate_up"], mlp.activation),
-        own["mlp.down"],
-        backs[1],
+        WayBack(own["mlp.down"], own.get("mlp_post_norm"), eps),
+        rope,
     )
+
+
+class NativeStack:
+    """All layers of a model, as `decoder.PlainStack` is."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers = layers
+        self._cache: KVCache | None = None
+        self._stack: Stack
+
+    def __call__(self, x: Tensor, angles: Sequence[Angles], batch: ForwardBatch, cache: KVCache) -> Tensor:
+        """The residual stream [T, H], changed in place. Writes the tokens' keys and values into the cache."""
+        if cache is not self._cache:  # once: a model keeps its cache
+            keys, values, groups = zip(*map(cache.layer, range(len(self.layers))), strict=True)
+            self._stack = Stack(self.layers, [*map(PackedCache, keys, values)], groups)
+            self._cache = cache
+        return self._stack(x, angles, batch.slots, batch.block_tables, batch.query_start, batch.context_lens)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What the parts of all layers have taken since the cache came."""
+        return self._stack.seconds
 
 
 def native_head(spec: ModelSpec, norm: Tensor, weight: PackedWeight) -> NativeHead:

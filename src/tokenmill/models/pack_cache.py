@@ -19,7 +19,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import numpy as np
+import torch
 from torch import Tensor
 
 from tokenmill.layers.native import PackedWeight
@@ -34,6 +35,9 @@ _VERSION = 2
 
 _ALIGN = 64
 """Bytes: what vector loads like weights to begin at a multiple of."""
+
+_DTYPES = {"U8": torch.uint8, "F32": torch.float32}
+"""By their names in the file."""
 
 _logger = logging.getLogger(__name__)
 
@@ -68,7 +72,7 @@ class PackCache:
                 return self._open(place, spec)
             except FileNotFoundError:
                 continue
-            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
                 _logger.warning("The packed weights in %s cannot be used: %s. They are made anew.", place, error)
         return None
 
@@ -91,15 +95,18 @@ class PackCache:
         _logger.warning("Packed weights could not be kept, neither in %s nor in %s.", *self._places)
 
     def _open(self, place: Path, spec: ModelSpec) -> dict[str, Tensor | PackedWeight]:
-        with safe_open(place, framework="pt") as file:
-            said = file.metadata() or {}
-            if said.get("key") != self._key:
-                raise ValueError("they are of another checkpoint or version")
-            described: dict[str, dict[str, Any]] = json.loads(said["weights"])
-            tensors: dict[str, dict[str, Tensor]] = {name: {} for name in described}
-            for full in file.keys():  # noqa: SIM118 - no mapping
-                name, part = full.split("/")
-                tensors[name][part] = file.get_tensor(full)
+        header, data = _map(place)
+        said = header.pop("__metadata__", {})
+        if said.get("key") != self._key:
+            raise ValueError("they are of another checkpoint or version")
+        described: dict[str, dict[str, Any]] = json.loads(said["weights"])
+        tensors: dict[str, dict[str, Tensor]] = {name: {} for name in described}
+        for full, entry in header.items():
+            name, part = full.split("/")
+            begin, end = entry["data_offsets"]
+            if end > len(data):
+                raise ValueError("the file is cut short")
+            tensors[name][part] = data[begin:end].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
         found: dict[str, Tensor | PackedWeight] = {}
         for name, parts in tensors.items():
             if described[name]:
@@ -117,7 +124,7 @@ class PackCache:
         offset, header = 0, {}
         for name, tensor in tensors.items():
             header[name] = {
-                "dtype": "U8" if tensor.dtype.itemsize == 1 else "F32",
+                "dtype": next(name for name, dtype in _DTYPES.items() if dtype == tensor.dtype),
                 "shape": list(tensor.shape),
                 "data_offsets": [offset, offset + tensor.nbytes],
             }
@@ -142,6 +149,20 @@ class PackCache:
                 tensor.contiguous().numpy().tofile(out)
             out.flush()
             os.fsync(out.fileno())
+
+
+def _map(file: Path) -> tuple[dict[str, Any], Tensor]:
+    """The header of a safetensors file and its data, [bytes] uint8, mapped into memory.
+
+    By hand: the library takes milliseconds to a tensor, a third of a second for a model of 0.6 billion parameters.
+    """
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > file.stat().st_size - 8:
+            raise ValueError("the file is cut short")
+        header = json.loads(opened.read(length))
+        data = np.memmap(opened, np.uint8, "c", offset=8 + length)  # private: what is mapped must be writable for torch
+    return header, torch.from_numpy(data)
 
 
 def _tensors(weights: Mapping[str, Tensor | PackedWeight]) -> Iterator[tuple[str, Tensor]]:

@@ -85,6 +85,8 @@ class TextStream:
 
     def _advance(self, new: str) -> tuple[str, str | None]:
         """Adds decoded characters; returns the text that is certain and the stop string that was completed."""
+        if not self._stop:
+            return new, None
         if self._unchecked > 0:
             self._unchecked -= 1
             return new, None

@@ -47,9 +47,9 @@ def outcome(decoder: Decoder) -> torch.Tensor:
 def same(one: Decoder, other: Decoder) -> bool:
     """Whether every weight is equal to the bit."""
     return torch.equal(outcome(one), outcome(other)) and all(
-        torch.equal(getattr(a, name).dequantize(), getattr(b, name).dequantize())
-        for a, b in zip(one._blocks, other._blocks, strict=True)
-        for name in ("out", "down")
+        torch.equal(getattr(a, way).projection.dequantize(), getattr(b, way).projection.dequantize())
+        for a, b in zip(one._layers.layers, other._layers.layers, strict=True)
+        for way in ("from_attention", "from_mlp")
     )
 
 

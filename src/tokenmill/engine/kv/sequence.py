@@ -7,6 +7,7 @@ Prefill, chunked prefill, a prefix hit, decoding and recomputation after a preem
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as TokenIds
 
 from tokenmill.engine.kv.prefix import Fingerprint
@@ -26,7 +27,7 @@ class Sequence:
     __slots__ = ("computed", "fingerprint", "prompt_len", "registered", "reusable", "tables", "tokens")
 
     def __init__(self, prompt: TokenIds[int], fingerprint: Fingerprint, reusable: bool = True) -> None:
-        self.tokens: list[int] = list(prompt)
+        self.tokens = array("q", prompt)
         self.prompt_len = len(self.tokens)
         self.computed = 0
         self.tables: list[list[int]] = []

@@ -19,6 +19,18 @@ void bind_sample(nb::module_& m) {
     using Release = nb::call_guard<nb::gil_scoped_release>;
 
     m.def(
+        "penalize",
+        [](std::uintptr_t logits, std::int64_t stride, int rows, int vocabulary, std::uintptr_t history,
+           std::uintptr_t starts, std::uintptr_t prompt_lens, std::uintptr_t repetition, std::uintptr_t frequency,
+           std::uintptr_t presence) {
+            penalize(Penalties{pointer<float>(logits), stride, rows, vocabulary, pointer<std::int64_t>(history),
+                               pointer<std::int64_t>(starts), pointer<std::int64_t>(prompt_lens),
+                               pointer<float>(repetition), pointer<float>(frequency), pointer<float>(presence)});
+        },
+        "logits"_a, "stride"_a, "rows"_a, "vocabulary"_a, "history"_a, "starts"_a, "prompt_lens"_a, "repetition"_a,
+        "frequency"_a, "presence"_a, Release());
+
+    m.def(
         "sample",
         [](std::uintptr_t logits, std::int64_t stride, int rows, int vocabulary, std::uintptr_t temperature,
            std::uintptr_t top_k, std::uintptr_t top_p, std::uintptr_t min_p, std::uintptr_t uniform,

@@ -1,7 +1,7 @@
 """The calls of a layer that do several operations in one, prepared once per layer.
 
-A pre-norm layer is five of them: `AttentionInput`, `PackedCache.attend`, `PackedWeight.linear_add`, `MlpInput`,
-`PackedWeight.linear_add`.
+A pre-norm layer is five calls: `AttentionInput`, `PackedCache.attend`, `PackedWeight.linear_add`, `MlpInput`,
+`PackedWeight.linear_add`. `stack_ops.Stack` makes those of all layers in one.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class AttentionInput:
     ) -> None:
         self._keep = (norm, qkv, q_norm, k_norm)
         self._heads = (q_heads, head_dim)
-        self._native = _native.AttentionInput(
+        self.native = _native.AttentionInput(
             _address(norm),
             eps,
             qkv.native,
@@ -78,7 +78,7 @@ class AttentionInput:
         """
         q = x.new_empty(x.shape[0], *self._heads)
         cos, sin = angles
-        self._native(
+        self.native(
             x.data_ptr(), x.shape[0], cos.data_ptr(), sin.data_ptr(), slots.data_ptr(), cache.native, q.data_ptr()
         )
         return q
@@ -97,12 +97,12 @@ class MlpInput:
     def __init__(self, norm: Tensor | None, eps: float, gate_up: PackedWeight, activation: Activation) -> None:
         self._keep = (norm, gate_up)
         self._inner = gate_up.outputs // 2
-        self._native = _native.MlpInput(_address(norm), eps, gate_up.native, _GATES[activation])
+        self.native = _native.MlpInput(_address(norm), eps, gate_up.native, _GATES[activation])
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, H] bfloat16, contiguous, to [T, I] bfloat16."""
         out = x.new_empty(x.shape[0], self._inner)
-        self._native(x.data_ptr(), x.shape[0], out.data_ptr())
+        self.native(x.data_ptr(), x.shape[0], out.data_ptr())
         return out
 
 

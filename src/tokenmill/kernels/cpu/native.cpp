@@ -16,6 +16,7 @@ void bind_ceilings(nb::module_&);
 void bind_linear(nb::module_&);
 void bind_rows(nb::module_&);
 void bind_sample(nb::module_&);
+void bind_stack(nb::module_&);
 
 namespace {
 
@@ -44,4 +45,5 @@ NB_MODULE(_native, m) {
     bind_linear(m);
     bind_rows(m);
     bind_sample(m);
+    bind_stack(m);
 }

@@ -261,7 +261,31 @@ std::int64_t choose(const Sample& call, int r, void* memory) {
                : row.one_of_all(temperature, call.uniform[r]);
 }
 
+// `counts` [vocabulary] may hold anything: only the places of tokens in the history are used, so that they alone are set.
+void penalize_row(const Penalties& call, int r, std::int32_t* counts) {
+    float* logits = call.logits + r * call.stride;
+    const std::int64_t *begin = call.history + call.starts[r], *end = call.history + call.starts[r + 1];
+    const float repetition = call.repetition[r], frequency = call.frequency[r], presence = call.presence[r];
+    constexpr std::int32_t done = -1;
+    for (const std::int64_t* token = begin; token < end; ++token) counts[*token] = 0;
+    for (const std::int64_t* token = begin + call.prompt_lens[r]; token < end; ++token) ++counts[*token];
+    for (const std::int64_t* token = begin; token < end; ++token) {
+        std::int32_t& count = counts[*token];
+        if (count == done) continue;
+        float& logit = logits[*token];
+        logit = logit > 0 ? logit / repetition : logit * repetition;
+        if (count > 0) logit -= static_cast<float>(count) * frequency + presence;
+        count = done;
+    }
+}
+
 }  // namespace
+
+void penalize(const Penalties& call) {
+    parallel(call.rows, [&](int r, int thread) {
+        penalize_row(call, r, static_cast<std::int32_t*>(scratch(thread, sizeof(std::int32_t) * call.vocabulary)));
+    });
+}
 
 void sample(const Sample& call) {
     parallel(call.rows, [&](int r, int thread) {

@@ -1,4 +1,4 @@
-// Choosing tokens by logits, and their log probabilities.
+// Choosing tokens by logits, what is done to logits before, and log probabilities.
 //
 // No row is sorted as a whole: the maxima of its groups of 64 tokens say above which logit some hundred tokens must lie, and
 // nearly always what is kept ends among those. If not, more are taken, in the end all.
@@ -40,6 +40,22 @@ struct TokenLogprobs {
     float* top_logprobs;         // [rows][k]
 };
 
+// The logits of the tokens of row r's history, history[starts[r]] to history[starts[r + 1]], changed once for each token: by
+// repetition, divided if positive and else multiplied, and then, if it stands behind the first prompt_lens[r] tokens, by
+// - (count * frequency + presence), where count is how often.
+struct Penalties {
+    float* logits;  // [rows][vocabulary], `stride` elements from row to row
+    std::int64_t stride;
+    int rows, vocabulary;
+    const std::int64_t* history;
+    const std::int64_t* starts;  // [rows + 1]
+    const std::int64_t* prompt_lens;  // [rows], and so are the next ones
+    const float* repetition;
+    const float* frequency;
+    const float* presence;
+};
+
+TOKENMILL_KERNEL(penalize, void(const Penalties&));
 TOKENMILL_KERNEL(sample, void(const Sample&));
 TOKENMILL_KERNEL(token_logprobs, void(const TokenLogprobs&));
 

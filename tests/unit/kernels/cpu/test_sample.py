@@ -1,4 +1,4 @@
-"""Native sampling takes the token that the reference takes."""
+"""Native sampling takes the token that the reference takes, and native penalties leave its bits."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tokenmill.kernels.ops import penalize as penalize_op
 from tokenmill.kernels.ops import sample as sample_op
 from tokenmill.kernels.ops import token_logprobs as logprobs_op
 
 _native = pytest.importorskip("tokenmill.kernels.cpu._native")
+from tokenmill.kernels.cpu.penalize import penalize  # noqa: E402
 from tokenmill.kernels.cpu.sample import sample  # noqa: E402
 from tokenmill.kernels.cpu.token_logprobs import token_logprobs  # noqa: E402
 
@@ -171,3 +173,22 @@ def test_logprobs_of_a_large_vocabulary(k: int) -> None:
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 def test_every_instruction_set_passes_these_tests(isa: str, run_tests_with_isa: Any) -> None:
     run_tests_with_isa(isa, __file__)
+
+
+@pytest.mark.parametrize("arguments", [pytest.param(a, id=name) for name, a in penalize_op.cases()])
+def test_penalties_have_the_bits_of_the_reference(arguments: tuple[Any, ...]) -> None:
+    logits, *rest = arguments
+    expected, wide = logits.clone(), torch.full((logits.shape[0], logits.shape[1] + 5), 7.0)
+    penalize_op.reference(expected, *rest)
+    actual = wide[:, : logits.shape[1]]
+    for _ in range(2):  # the memory to count in holds what the last call left there
+        actual.copy_(logits)
+        penalize(actual, *rest)
+        assert torch.equal(actual.view(torch.int32), expected.view(torch.int32))
+    assert (wide[:, logits.shape[1] :] == 7.0).all()
+
+
+def test_penalties_refuse_tokens_that_are_apart() -> None:
+    logits, *rest = dict(penalize_op.cases())["mixed"]
+    with pytest.raises(ValueError, match="side by side"):
+        penalize(logits.T.contiguous().T, *rest)
