@@ -25,6 +25,7 @@ from tokenmill.cli.terminal import load, notes
 from tokenmill.engine.config import EngineConfig
 from tokenmill.errors import ConfigError, did_you_mean
 from tokenmill.llm import LLM
+from tokenmill.models.config import ModelConfig
 from tokenmill.models.demo import corpus
 from tokenmill.text.chat import encode_chat
 from tokenmill.types import RequestOutput, SamplingParams
