@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Protocol
@@ -79,17 +81,19 @@ class LocalExecutor:
 
 
 def _import_torch() -> ModuleType:
-    """Torch, whose hundreds of thousands of objects the garbage collector never looks at: they last.
+    """Torch, whose hundreds of thousands of objects the garbage collector does not look at before the end: they last.
 
     Looking at them while they are made takes a tenth of the import, and each full collection later as much again.
     """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
+    if "torch" in sys.modules or not gc.isenabled():
         import torch
+    else:
+        gc.disable()
+        try:
+            import torch
 
-        gc.freeze()
-    finally:
-        if collects:
+            gc.freeze()
+            atexit.register(gc.unfreeze)
+        finally:
             gc.enable()
     return torch
