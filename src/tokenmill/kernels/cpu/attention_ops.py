@@ -108,12 +108,12 @@ def pack_values(values: Tensor) -> Tensor:
 
 def unpack_keys(keys: Tensor) -> Tensor:
     """The inverse of `pack_keys`."""
-    return _unpack(keys, lambda x, size, width: x.unflatten(-1, (width // 2, size, 2)).transpose(-3, -2))
+    return _unpack(keys, lambda x, size, width: torch.unflatten(x, -1, (width // 2, size, 2)).transpose(-3, -2))
 
 
 def unpack_values(values: Tensor) -> Tensor:
     """The inverse of `pack_values`."""
-    return _unpack(values, lambda x, size, width: x.unflatten(-1, (size // 2, width, 2)).transpose(-2, -1))
+    return _unpack(values, lambda x, size, width: torch.unflatten(x, -1, (size // 2, width, 2)).transpose(-2, -1))
 
 
 def _pack(plain: Tensor, order: Callable[[Tensor], Tensor]) -> Tensor:
@@ -130,4 +130,4 @@ def _unpack(packed: Tensor, order: Callable[[Tensor, int, int], Tensor]) -> Tens
     elements = order(block[..., : size * width], size, width).reshape(*packed.shape[:-1], width)
     if not whole:
         return elements
-    return torch.cat((elements, block[..., size * width :].unflatten(-1, (size, SCALE_BYTES))), dim=-1)
+    return torch.cat((elements, torch.unflatten(block[..., size * width :], -1, (size, SCALE_BYTES))), dim=-1)
