@@ -5,7 +5,7 @@
 
 Peers must have been set up by install.py. All of them are loaded at once; each stands still while another is measured.
 Before every measurement the machine's read bandwidth and peak rates are read. Results, with all samples, are written to
-benchmarks/results/peers_PRECISION.json after every measurement, so that --resume goes on where a run was ended.
+benchmarks/results/peers_PRECISION_ISA.json after every measurement, so that --resume goes on where a run was ended.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from table import Sample, against_best_rival, left, spread, summary
 from work import DEMO, QWEN3, WORKLOADS, Workload, find
 
 from tokenmill import device
+from tokenmill.kernels.probe import native_isa
 
 LENGTHS = {QWEN3: (8448, 32), DEMO: (2048, 64)}
 """Longest sequence and most requests at once, by model."""
@@ -228,7 +229,7 @@ def main() -> None:
         workloads = find(options.workloads)
     except KeyError as error:
         parser.error(f"no such workload: {error.args[0]}; there are {', '.join(WORKLOADS)}")
-    file = RESULTS / f"peers_{options.precision}.json"
+    file = RESULTS / f"peers_{options.precision}_{native_isa()}.json"
     before = json.loads(file.read_text()) if options.resume and file.exists() else None
     run = Run(
         options.root.resolve(), options.precision, options.threads, options.repeats, options.limit,
