@@ -43,7 +43,7 @@ def native_weights(plain: dict[str, torch.Tensor], quantize: str = "none") -> di
     from tokenmill.models.native import packed
 
     return {
-        name: packed(name, weight, plain.get(f"{name}_bias"), quantize) if weight.dim() == 2 else weight
+        name: packed(name, weight, plain.get(f"{name}_bias"), quantize, "int8") if weight.dim() == 2 else weight
         for name, weight in plain.items()
     }
 

@@ -232,7 +232,8 @@ def test_every_layout_is_packed_with_its_own_numbers(tmp_path: Path, said: dict[
     model = loader.load(folder, block_size=16)
     if not model.native:
         pytest.skip("the native kernels are not built")
-    for name, packed in (("attention.out", model._blocks[0].out), ("mlp.down", model._blocks[0].down)):
+    layer = model._layers.layers[0]
+    for name, packed in (("attention.out", layer.from_attention.projection), ("mlp.down", layer.from_mlp.projection)):
         read = weights[f"layers.0.{name}"]
         assert isinstance(read, Quantized)
         assert packed.format == ("int4" if scheme.bits == 4 else "int8")
