@@ -76,8 +76,11 @@ void put_int8(const float* x, const Weight& w, int panel, int lane) {
     for (int i = 0; i < w.depth; i += 16) {
         std::int8_t q[16];
         store_int8(q, usable ? to_int(load(x + i) * inverse) : izero());
-        for (int j = 0; j < 16 && i + j < w.depth; ++j) {
-            out[(i + j) / 4 * 4 * kPanel + j % 4] = static_cast<std::uint8_t>(q[j] + 128);
+        for (int j = 0; j < 16 && i + j < w.depth; j += 4) {
+            std::uint32_t quad;
+            std::memcpy(&quad, q + j, 4);
+            quad ^= 0x80808080u;  // each byte + 128
+            std::memcpy(out + (i + j) * kPanel, &quad, 4);
         }
     }
 }
