@@ -113,7 +113,7 @@ def test_a_quantized_cache_is_compared_with_one_of_the_model_s_type(llm, monkeyp
     assert (told["kv_dtype"], told["relative_loss"]) == ("int8", 0.0)
     with pytest.raises(SystemExit):
         main(ask)
-    assert "demo with KV in int8" in capsys.readouterr().out
+    assert "demo, KV in int8" in capsys.readouterr().out
 
 
 def test_a_model_is_compared_with_the_one_it_was_made_from(llm, monkeypatch, capsys):
