@@ -119,8 +119,8 @@ def plot(results: list[Result], ceilings: Ceilings, title: str, file: Path) -> N
         axes.plot(line, [min(peak, x * ceilings.read) / 1e9 for x in line], style, color="0.5", zorder=1)
         axes.annotate(f"{name} {peak / 1e9:,.0f} Gop/s", (ends[1], peak / 1e9), ha="right", va="bottom", color="0.35")
     axes.annotate(
-        f"read {ceilings.read / 1e9:.0f} GB/s", (ends[0], ends[0] * ceilings.read / 1e9), ha="left", va="bottom",
-        color="0.35", xytext=(8, 10), textcoords="offset points",
+        f"read {ceilings.read / 1e9:.0f} GB/s", (ends[0], ends[0] * ceilings.read / 1e9), ha="left", va="top",
+        color="0.35", xytext=(16, 8), textcoords="offset points",
     )  # fmt: skip
     for format, marker, colour in (("bf16", "o", "#1f77b4"), ("int8", "s", "#d95f02"), ("int4", "^", "#1b9e77")):
         those = [one for one in results if one.format == format]
