@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import msgspec
 
-from tokenmill.errors import RequestError, did_you_mean
 from tokenmill.registry import Registry
 
 __all__ = [
@@ -234,7 +233,5 @@ def gather(deltas: Iterable[Delta]) -> Parsed:
     return Parsed(
         "".join(content),
         "".join(reasoning),
-        tuple(
-            Call(call.id, call.name, "".join(pieces)) for call, pieces in zip(calls, arguments, strict=True)
-        ),
+        tuple(Call(call.id, call.name, "".join(pieces)) for call, pieces in zip(calls, arguments, strict=True)),
     )
