@@ -36,7 +36,7 @@ class Service:
     """When the server started, in seconds since 1970."""
     fingerprint: str = ""
     """Changes when the same request with the same seed may be answered otherwise: OpenAI's ``system_fingerprint``."""
-    dialects: Chain = Chain()
+    dialects: Chain = dataclasses.field(default_factory=Chain)
     """How the model writes thoughts and tool calls."""
     interceptors: tuple[Interceptor, ...] = ()
 
