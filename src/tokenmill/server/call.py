@@ -14,10 +14,9 @@ from starlette.requests import Request
 
 from tokenmill.llm import Prompt
 from tokenmill.server.principal import ANYONE, Principal, principal_of
-from tokenmill.server.schemas.request import Generation
 from tokenmill.types import JSON, RequestOutput, RequestStats, SamplingParams
 
-__all__ = ["Call", "Interceptor", "Outcome", "Tally", "call_of"]
+__all__ = ["Asked", "Call", "Interceptor", "Outcome", "Tally", "call_of"]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -50,9 +49,24 @@ class Call:
     """Filled before the interceptors begin."""
 
 
+class Asked(Protocol):
+    """What every body that asks for a generation says about how it is to be served."""
+
+    @property
+    def priority(self) -> int: ...
+    @property
+    def user(self) -> str | None: ...
+    @property
+    def cache_salt(self) -> str: ...
+    @property
+    def timeout_s(self) -> float | None: ...
+    @property
+    def stream(self) -> bool | None: ...
+
+
 def call_of(
     request: Request,
-    body: Generation,
+    body: Asked,
     model: str,
     request_id: str,
     prompt: Prompt,
