@@ -59,7 +59,7 @@ class ThinkTags(Dialect):
 
     def reasoning_grammar(self, prompt: str, special_id: SpecialId) -> str:
         close = special_id(_CLOSE)
-        thought = f"thought[lazy]: /(.|\\n)*<\\/think>/\n" if close is None else f"thought: /(.|\\n)*/ <[{close}]>\n"
+        thought = "thought[lazy]: /(.|\\n)*<\\/think>/\n" if close is None else f"thought: /(.|\\n)*/ <[{close}]>\n"
         opening = "" if _opened(prompt) else lark_marker(_OPEN, special_id)
         optional = "" if _opened(prompt) else "?"
         return f"reasoning: ({opening} thought {lark_text(chr(10))}~0..2){optional}\n{thought}"
