@@ -86,7 +86,7 @@ def _plain(resource: Resource) -> Resource:
 
 def _toml(resources: list[Resource]) -> str:
     (config,) = (each for each in resources if each["metadata"]["name"] == "tokenmill-config")
-    return config["data"]["tokenmill.toml"].strip() + "\n"
+    return config["data"]["tokenmill.toml"]
 
 
 if __name__ == "__main__":
