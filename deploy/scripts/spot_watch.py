@@ -30,7 +30,9 @@ def _ask(url: str, method: str = "GET", **headers: str) -> str:
     """The body of the answer; empty when there is nothing at that address (404)."""
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, method=method, headers=names), timeout=_TIMEOUT_S) as got:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, method=method, headers=names), timeout=_TIMEOUT_S
+        ) as got:
             return got.read().decode()
     except urllib.error.HTTPError as error:
         if error.code == 404:

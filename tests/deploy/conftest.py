@@ -14,7 +14,7 @@ DEPLOY = ROOT / "deploy"
 sys.path[:0] = [str(DEPLOY), str(DEPLOY / "scripts")]
 
 
-def program(name: str) -> str:
+def _program(name: str) -> str:
     """Where a program is. Without it the test is skipped, but not in the pipeline, where .ci/services brings it."""
     places = [os.environ["PATH"], str(Path(sys.executable).parent), str(ROOT / "build" / "tools")]
     if found := shutil.which(name, path=os.pathsep.join(places)):
@@ -26,18 +26,23 @@ def program(name: str) -> str:
 
 
 @pytest.fixture(scope="session")
+def prometheus_program() -> str:
+    return _program("prometheus")
+
+
+@pytest.fixture(scope="session")
 def promtool() -> str:
-    return program("promtool")
+    return _program("promtool")
 
 
 @pytest.fixture(scope="session")
 def helm() -> str:
-    return program("helm")
+    return _program("helm")
 
 
 @pytest.fixture(scope="session")
 def kubectl() -> str:
-    return program("kubectl")
+    return _program("kubectl")
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +50,7 @@ def run():
     """Runs a program to its end and returns its standard output; anything but status 0 fails the test."""
 
     def _run(name: str, *arguments, cwd: Path = DEPLOY) -> str:
-        done = subprocess.run([program(name), *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+        done = subprocess.run([_program(name), *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

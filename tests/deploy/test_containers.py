@@ -58,9 +58,10 @@ def test_torch_comes_first_and_from_the_cpu_index():
 
 
 def test_the_compose_file_follows_the_specification():
-    compose = PyCompose(_interpolated())
-    assert set(COMPOSE["services"]) == {"server", "prometheus", "grafana", "postgres", "redis"}
-    assert compose is not None
+    compose = PyCompose.from_yaml(_interpolated())
+    assert set(compose.service_names()) == {"server", "prometheus", "grafana", "postgres", "redis"}
+    with pytest.raises(ValueError, match="portz"):
+        PyCompose.from_yaml(_interpolated().replace("ports:", "portz:"))
 
 
 def _interpolated():

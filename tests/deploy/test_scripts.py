@@ -110,7 +110,9 @@ def test_the_watcher_drains_the_server_once_and_ends_on_sigterm(cloud):
     server = cloud({PREEMPTED: ["FALSE", "FALSE", "TRUE"], "POST /admin/drain": [503, "{}"]})
     command = [sys.executable, str(SCRIPTS / "spot_watch.py"), "gcp", "--metadata", server.url]
     command += ["--drain-url", f"{server.url}/admin/drain", "--interval-s", "0.01"]
-    with subprocess.Popen(command, env={"ADMIN_KEY": "secret"}, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command, env={"ADMIN_KEY": "secret"}, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         try:
             assert server.drained.wait(30)
             process.send_signal(signal.SIGTERM)
