@@ -1,8 +1,8 @@
 """Writes what the Kustomize bases share with the Helm chart: ``python deploy/generate.py``.
 
-The chart is the source. The base is the chart with its own values, the components are what helm/profiles/production.yaml
-adds, and each overlay's TOML file is its profile's. The few patches beside them are written by hand, and tests compare
-every overlay, as kubectl renders it, with its profile, as Helm does. The dashboard is written first; both use it.
+The chart is the source. The base is the chart with its own values, the components are what the production profile adds,
+and each overlay's TOML file is its profile's. The few patches beside them are written by hand, and tests compare every
+overlay, as kubectl renders it, with its profile, as Helm does.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def files() -> dict[Path, str]:
     kustomize = ROOT / "kustomize"
     default, production = render(), render("--values", str(PROFILES["production"]))
     scaled = render("--set", "autoscaling.kind=hpa")
-    found = {dashboard.FILE: dashboard.text(), kustomize / "base" / "tokenmill.toml": _toml(default)}
+    found = {kustomize / "base" / "tokenmill.toml": _toml(default)}
     found |= _written(kustomize / "base", default, _BASE)
     for component, kinds in _COMPONENTS.items():
         found |= _written(kustomize / "components" / component, production, kinds)
@@ -90,5 +90,6 @@ def _toml(resources: list[Resource]) -> str:
 
 
 if __name__ == "__main__":
+    dashboard.FILE.write_text(dashboard.text())  # the chart holds a link to it
     for file, content in files().items():
         file.write_text(content)

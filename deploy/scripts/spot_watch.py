@@ -1,8 +1,8 @@
 """Drains the server when the cloud says that it will take the machine away: ``spot_watch.py aws|gcp|azure``.
 
 Runs beside the server as a sidecar and asks the machine's metadata service every five seconds. After a notice it posts
-to the server's drain endpoint until that answers, so that readiness is false at once and running requests still finish;
-then it has nothing left to do but wait for the end.
+to the server's drain endpoint, so that readiness is false at once and running requests still finish. It goes on
+posting: the server ends when it is idle, and the kubelet starts another, which has no future on this machine either.
 
 Sources:
     https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html
@@ -83,7 +83,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("provider", choices=PROVIDERS)
     parser.add_argument("--metadata", default="http://169.254.169.254")
-    parser.add_argument("--drain-url", default="http://127.0.0.1:8000/admin/drain")
+    parser.add_argument("--drain-url", default="http://127.0.0.1:8000/admin/drain?delay_s=5")
     parser.add_argument("--interval-s", type=float, default=5.0)
     given = parser.parse_args()
 
@@ -92,10 +92,10 @@ def main() -> int:
         signal.signal(number, lambda *_: stop.set())
     while not stop.is_set() and not noticed(given.provider, given.metadata):
         stop.wait(given.interval_s)
-    while not stop.is_set():
+    if not stop.is_set():
         print("The machine will be taken away: draining the server.", flush=True)
-        if drain(given.drain_url, os.environ.get("ADMIN_KEY", "")):
-            stop.wait()
+    while not stop.is_set():
+        drain(given.drain_url, os.environ.get("ADMIN_KEY", ""))
         stop.wait(given.interval_s)
     return 0
 

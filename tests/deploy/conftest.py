@@ -36,13 +36,12 @@ def promtool() -> str:
 
 
 @pytest.fixture(scope="session")
-def helm() -> str:
-    return _program("helm")
+def render():
+    """Renders the chart as Helm does: flags of ``helm template`` to resources."""
+    import generate
 
-
-@pytest.fixture(scope="session")
-def kubectl() -> str:
-    return _program("kubectl")
+    _program("helm")
+    return generate.render
 
 
 @pytest.fixture(scope="session")

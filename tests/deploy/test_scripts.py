@@ -19,7 +19,7 @@ class Cloud(http.server.ThreadingHTTPServer):
     """A metadata service and a tokenmill server in one. `answers` maps "METHOD path" to a body or a status."""
 
     def __init__(self, answers):
-        self.answers, self.seen, self.drained = answers, [], threading.Event()
+        self.answers, self.seen, self.accepted, self.drained_again = answers, [], 0, threading.Event()
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -35,7 +35,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body.encode())
         if self.path == "/admin/drain" and status == 200:
-            self.server.drained.set()
+            self.server.accepted += 1
+            if self.server.accepted == 2:
+                self.server.drained_again.set()
 
     do_GET = do_PUT = do_POST = _answer
 
@@ -105,22 +107,25 @@ def test_no_metadata_service_is_no_notice():
     assert spot_watch.noticed("aws", "http://127.0.0.1:9") is False
 
 
-def test_the_watcher_drains_the_server_once_and_ends_on_sigterm(cloud):
-    # No notice, no notice, a notice; the server refuses the first time.
-    server = cloud({PREEMPTED: ["FALSE", "FALSE", "TRUE"], "POST /admin/drain": [503, "{}"]})
+def test_the_watcher_keeps_the_server_draining_and_ends_on_sigterm(cloud):
+    # No notice, no notice, a notice; the server refuses once, drains, ends, and is started again.
+    drains = [503, "{}", 503, "{}", *["{}"] * 10_000]
+    server = cloud({PREEMPTED: ["FALSE", "FALSE", "TRUE"], "POST /admin/drain": drains})
     command = [sys.executable, str(SCRIPTS / "spot_watch.py"), "gcp", "--metadata", server.url]
     command += ["--drain-url", f"{server.url}/admin/drain", "--interval-s", "0.01"]
     with subprocess.Popen(
         command, env={"ADMIN_KEY": "secret"}, stderr=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         try:
-            assert server.drained.wait(30)
+            assert server.drained_again.wait(30)
             process.send_signal(signal.SIGTERM)
             assert process.wait(30) == 0
         finally:
             process.kill()
-    drains = [headers for method, path, headers in server.seen if (method, path) == ("POST", "/admin/drain")]
-    assert [headers["authorization"] for headers in drains] == ["Bearer secret", "Bearer secret"]
+    asked = [path for _, path, _ in server.seen]
+    assert asked[:3] == ["/computeMetadata/v1/instance/preempted"] * 3
+    assert set(asked[3:]) == {"/admin/drain"}
+    assert {headers.get("authorization") for _, path, headers in server.seen[3:]} == {"Bearer secret"}
 
 
 class _Hub:

@@ -28,7 +28,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- $model := ternary (include "tokenmill.folder" .) "demo" (ne .Values.model.repo "") }}
 {{- $server := dict "host" "0.0.0.0" "port" 8000 "drain_timeout_s" .Values.lifecycle.drainSeconds }}
 {{- $ours := dict "server" $server "model" (dict "model" $model) }}
-{{- $defaults := dict "server" (dict "served_model_name" (.Values.model.repo | default "demo")) }}
+{{- $defaults := dict "server" (dict "served_model_name" (list (.Values.model.repo | default "demo"))) }}
 {{- range $section, $options := merge $ours (deepCopy .Values.config) $defaults }}
 [{{ $section }}]
 {{- range $key, $value := $options }}
