@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 TORCH ?= 2.13.0
-SOURCES := src tests examples benchmarks
+SOURCES := src tests examples benchmarks deploy
 
 # Without an NVIDIA GPU the CPU build of torch saves several gigabytes.
 TORCH_INDEX := $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
