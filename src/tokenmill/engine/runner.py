@@ -11,6 +11,7 @@ from torch import Tensor
 from tokenmill.engine.kv.pool import NULL_BLOCK
 from tokenmill.engine.memory import ModelFacts
 from tokenmill.engine.plan import RowResult, StepPlan, StepResult
+from tokenmill.engine.pooler import pool
 from tokenmill.engine.sampler import column_tensor, prompt_logprobs, sample_rows
 from tokenmill.models.batch import ForwardBatch
 from tokenmill.models.decoder import Decoder
@@ -54,6 +55,8 @@ class Runner:
                 logits = self._decoder.logits(hidden[first : first + len(row.scored)])
                 scores = tuple(prompt_logprobs(logits, row.scored, row.scores))
                 results[index] = RowResult(results[index].tokens, results[index].logprobs, scores)
+            if row.pool is not None:
+                results[index] = RowResult(pooled=pool(hidden[ends[index] - len(row.tokens) : ends[index]], row.pool))
         return StepResult(plan.step, tuple(results))
 
     def _batch(self, plan: StepPlan) -> ForwardBatch:

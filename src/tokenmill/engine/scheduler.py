@@ -11,6 +11,8 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 
+import msgspec
+
 from tokenmill.engine.config import SchedulerConfig
 from tokenmill.engine.events import EventLog
 from tokenmill.engine.kv.manager import KVManager
@@ -252,8 +254,8 @@ class Scheduler:
 
     def _row(self, request: Request, count: int) -> PlannedRow:
         start, end = request.computed, request.computed + count
-        sample = None
-        if end == len(request.tokens):
+        sample, pool = None, request.pool_row(end)
+        if end == len(request.tokens) and pool is None:
             stops = request.params.stop_token_ids
             stop_ids = tuple(stops) if request.params.ignore_eos else (*self.eos_ids, *stops)
             sample = SampleRow(
@@ -265,7 +267,8 @@ class Scheduler:
         if scores is not None and request.generated == 0:
             scored = tuple(request.tokens[start + 1 : end + 1])
         tables = tuple(map(tuple, request.tables))
-        return PlannedRow(request.id, start, tuple(request.tokens[start:end]), tables, sample, scored, scores or 0)
+        tokens = tuple(request.tokens[start:end])
+        return PlannedRow(request.id, start, tokens, tables, sample, scored, scores or 0, pool)
 
     # ---- after the step -------------------------------------------------------------------------------------------
 
@@ -284,12 +287,16 @@ class Scheduler:
                 continue
             request.computed = row.start + len(row.tokens)
             request.prompt_logprobs += came.scores
+            request.pooled = came.pooled
             self.kv.commit(request)
             if came.tokens:
                 if request.first_token is None:
                     request.first_token = self.now
                     first_waits.append(self.now - request.source.arrival)
                 outputs.append(self._append(request, came))
+            elif row.pool is not None and row.pool.last:
+                ended = self.finish(request, FinishReason.STOP)
+                outputs.append(msgspec.structs.replace(ended, embedding=came.pooled))
         self.policy.stepped(seconds, plan.tokens, first_waits)
         return outputs
 
