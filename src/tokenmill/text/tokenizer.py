@@ -114,6 +114,11 @@ class Tokenizer:
         """Whether the token controls the model and is no text."""
         return token_id in self._special_ids
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token as the vocabulary writes it; None if there is none."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that the token adds to a text; empty for an id that is no token."""
         data = self._bytes.get(token_id)
