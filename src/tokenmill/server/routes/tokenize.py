@@ -1,0 +1,86 @@
+"""POST /tokenize, /detokenize and /v1/chat/render: text to tokens and back, without the engine.
+
+Source: https://docs.vllm.ai/en/latest/serving/openai_compatible_server/#tokenizer-api; its name for the last one is
+``/v1/chat/completions/render``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tokenmill.errors import RequestError
+from tokenmill.server.openapi import documented
+from tokenmill.server.schemas.chat import ChatRequest
+from tokenmill.server.schemas.request import parse
+from tokenmill.server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
+from tokenmill.server.service import service_of
+from tokenmill.text.chat import render
+from tokenmill.text.tokenizer import Tokenizer
+from tokenmill.types import JSON
+
+ROUTER = APIRouter()
+
+
+@ROUTER.post("/tokenize", **documented(TokenizeRequest))
+async def tokenize(request: Request) -> Response:
+    """The tokens of a text or of a conversation."""
+    service = service_of(request)
+    body = parse(TokenizeRequest, await request.body())
+    service.check_model(body.model)
+    tokenizer = service.llm.tokenizer
+    _, tokens = await asyncio.to_thread(_tokens, tokenizer, body)
+    answer: JSON = {"count": len(tokens), "max_model_len": service.llm.max_model_len, "tokens": tokens}
+    answer["token_strs"] = [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
+    return _json(answer)
+
+
+@ROUTER.post("/detokenize", **documented(DetokenizeRequest))
+async def detokenize(request: Request) -> Response:
+    """The text of tokens, special ones included."""
+    service = service_of(request)
+    body = parse(DetokenizeRequest, await request.body())
+    service.check_model(body.model)
+    tokenizer = service.llm.tokenizer
+    for index, token in enumerate(body.tokens):
+        if not tokenizer.token_bytes(token):
+            raise RequestError("invalid_token", f"The model has no token {token}.", f"tokens[{index}]")
+    return _json({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+
+@ROUTER.post("/v1/chat/render", **documented(ChatRequest))
+@ROUTER.post("/v1/chat/completions/render", **documented(ChatRequest))
+async def render_chat(request: Request) -> Response:
+    """The prompt that the same body would give the model at ``/v1/chat/completions``, as text and as tokens."""
+    service = service_of(request)
+    body = parse(ChatRequest, await request.body())
+    model = service.check_model(body.model)
+    prompt, tokens = await asyncio.to_thread(_tokens, service.llm.tokenizer, body)
+    return _json(
+        {
+            "model": model,
+            "prompt": prompt,
+            "token_ids": tokens,
+            "count": len(tokens),
+            "max_model_len": service.llm.max_model_len,
+        }
+    )
+
+
+def _tokens(tokenizer: Tokenizer, body: TokenizeRequest | ChatRequest) -> tuple[str, list[int]]:
+    """The text to make tokens of, and the tokens."""
+    special = isinstance(body, TokenizeRequest) and body.add_special_tokens
+    if isinstance(body, TokenizeRequest) and body.prompt is not None:
+        return body.prompt, tokenizer.encode(body.prompt, special is not False)
+    messages = [message.model_dump(exclude_unset=True) for message in body.messages or ()]
+    tools = body.shown_tools()
+    text = render(tokenizer, messages, tools, body.add_generation_prompt, **body.chat_template_kwargs)
+    return text, tokenizer.encode(text, bool(special))
+
+
+def _json(answer: JSON) -> Response:
+    return Response(msgspec.json.encode(answer), media_type="application/json")
