@@ -26,7 +26,7 @@ from tokenmill.engine.messages import Refused, Step
 from tokenmill.errors import EngineError, RequestError, UnavailableError
 from tokenmill.models.config import ModelConfig
 from tokenmill.models.folder import read_pooling, resolve
-from tokenmill.prompt import Prompt, as_prompts, tokenize, with_bad_words
+from tokenmill.prompt import Prompt, as_prompts, text_and_ids, with_bad_words
 from tokenmill.text.stream import TextStream
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.types import (
@@ -340,7 +340,7 @@ class LLM:
             yield call.emit(new)
 
     def _call(self, prompt: Prompt, params: SamplingParams, pooling: PoolingParams | None = None) -> _Call:
-        text, ids = tokenize(self.tokenizer, prompt)
+        text, ids = text_and_ids(self.tokenizer, prompt)
         params = with_bad_words(self.tokenizer, params)
         return _Call(str(next(self._numbers)), text, ids, params, self.tokenizer, delta=True, pooling=pooling)
 
@@ -444,7 +444,7 @@ class AsyncLLM:
             raise UnavailableError("shutting_down", "The server is shutting down; send the request to another.")
         if self._client.dead is not None:
             raise self._client.dead
-        text, ids = tokenize(self.tokenizer, prompt)
+        text, ids = text_and_ids(self.tokenizer, prompt)
         name = request_id or f"request-{next(self._numbers)}"
         params = with_bad_words(self.tokenizer, params)
         call = _Call(name, text, ids, params, self.tokenizer, delta, pooling)

@@ -11,7 +11,7 @@ from tokenmill.errors import RequestError
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.types import SamplingParams
 
-__all__ = ["Prompt", "PromptDict", "as_prompts", "tokenize", "with_bad_words"]
+__all__ = ["Prompt", "PromptDict", "as_prompts", "text_and_ids", "tokenize", "with_bad_words"]
 
 
 class PromptDict(TypedDict, total=False):
@@ -25,7 +25,16 @@ Prompt = str | Sequence[int] | PromptDict
 """Text, token ids, or a dictionary with one of them."""
 
 
-def tokenize(tokenizer: Tokenizer, prompt: Prompt) -> tuple[str | None, list[int]]:
+def tokenize(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """The token ids of a prompt.
+
+    Raises:
+        RequestError: ``invalid_prompt`` when it is none of the forms of `Prompt`.
+    """
+    return text_and_ids(tokenizer, prompt)[1]
+
+
+def text_and_ids(tokenizer: Tokenizer, prompt: Prompt) -> tuple[str | None, list[int]]:
     """The text, if there is one, and the token ids of a prompt."""
     if isinstance(prompt, dict):
         if len(prompt.keys() & {"prompt", "prompt_token_ids"}) != 1:

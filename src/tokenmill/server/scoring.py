@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 from starlette.requests import Request
 
@@ -16,7 +16,7 @@ from tokenmill.server.schemas.request import Submission
 from tokenmill.server.service import service_of
 from tokenmill.types import PoolingParams, RequestOutput, SamplingParams
 
-__all__ = ["Ask", "Asker", "Pair", "Question", "Scorer"]
+__all__ = ["Ask", "Asker", "Pair", "Question", "Scorer", "scorer_of"]
 
 Pair = tuple[str, str]
 """A query and a document."""
@@ -49,6 +49,11 @@ class Scorer(Protocol):
         Raises:
             RequestError: the model cannot score in this way.
         """
+
+
+def scorer_of(request: Request) -> Scorer:
+    """The scorer that the server was started with."""
+    return cast(Scorer, request.app.state.scorer)
 
 
 class Asker:

@@ -16,13 +16,16 @@ FORMS = {
         ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"],
         "<|fim_prefix|>{before}<|fim_suffix|>{behind}<|fim_middle|>",
     ),
-    "StarCoder": (["<fim_prefix>", "<fim_suffix>", "<fim_middle>"], "<fim_prefix>{before}<fim_suffix>{behind}<fim_middle>"),
+    "StarCoder": (
+        ["<fim_prefix>", "<fim_suffix>", "<fim_middle>"],
+        "<fim_prefix>{before}<fim_suffix>{behind}<fim_middle>",
+    ),
     "DeepSeek-Coder": (
         ["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"],
         "<｜fim▁begin｜>{before}<｜fim▁hole｜>{behind}<｜fim▁end｜>",
     ),
     "Codestral": (["[PREFIX]", "[SUFFIX]"], "[SUFFIX]{behind}[PREFIX]{before}"),
-}  # fmt: skip
+}
 
 
 def with_tokens(backend, tokens, **fields) -> Tokenizer:

@@ -16,7 +16,7 @@ from tokenmill.server.generation import until_disconnect
 from tokenmill.server.openapi import documented
 from tokenmill.server.schemas.request import parse
 from tokenmill.server.schemas.scoring import RerankRequest
-from tokenmill.server.scoring import Asker
+from tokenmill.server.scoring import Asker, scorer_of
 from tokenmill.server.service import service_of
 from tokenmill.types import JSON
 
@@ -44,7 +44,7 @@ async def _rerank(request: Request, with_texts: bool) -> Response:
     ask = Asker(request, body, model, answer_id, "documents")
     texts = body.texts()
     pairs = [(body.query, text) for text in texts]
-    scores = await until_disconnect(request.receive, service.scorer.score(service.llm, pairs, ask))
+    scores = await until_disconnect(request.receive, scorer_of(request).score(service.llm, pairs, ask))
     order = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n]
     if body.return_documents is not None:
         with_texts = body.return_documents

@@ -17,7 +17,7 @@ from tokenmill.server.generation import until_disconnect
 from tokenmill.server.openapi import documented
 from tokenmill.server.schemas.request import parse
 from tokenmill.server.schemas.scoring import ScoreRequest
-from tokenmill.server.scoring import Asker
+from tokenmill.server.scoring import Asker, scorer_of
 from tokenmill.server.service import service_of
 from tokenmill.types import JSON
 
@@ -33,7 +33,7 @@ async def score(request: Request) -> Response:
     model = service.check_model(body.model)
     answer_id = f"score-{uuid.uuid4().hex}"
     ask = Asker(request, body, model, answer_id, "documents" if body.text_2 is None else "text_2")
-    scores = await until_disconnect(request.receive, service.scorer.score(service.llm, body.pairs(), ask))
+    scores = await until_disconnect(request.receive, scorer_of(request).score(service.llm, body.pairs(), ask))
     answer: JSON = {
         "id": answer_id,
         "object": "list",

@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Annotated, Literal, cast
 
 from pydantic import Field
-from tokenmill.server.schemas.request import Int, Submission
 
 from tokenmill.errors import RequestError
+from tokenmill.server.schemas.request import Int, Submission
 
 __all__ = ["MOST_TEXTS", "EmbeddingRequest"]
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Annotated
 
 from pydantic import Field
-from tokenmill.server.schemas.request import Int, Strict, Submission
 
 from tokenmill.errors import RequestError
 from tokenmill.server.schemas.embeddings import MOST_TEXTS
+from tokenmill.server.schemas.request import Int, Strict, Submission
 
 __all__ = ["RerankRequest", "ScoreRequest"]
 

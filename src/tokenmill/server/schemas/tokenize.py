@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from pydantic import Field
-from tokenmill.server.schemas.chat import Message, Tool, check_variables
-from tokenmill.server.schemas.request import Int, Strict
 
 from tokenmill.errors import RequestError
+from tokenmill.server.schemas.chat import Message, Tool, check_variables
+from tokenmill.server.schemas.request import Int, Strict
 
 __all__ = ["DetokenizeRequest", "TokenizeRequest"]
 
@@ -28,12 +28,16 @@ class TokenizeRequest(Strict):
     """Return each token's text as well."""
     tools: list[Tool] | None = None
     add_generation_prompt: bool = True
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     def check(self) -> None:
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("invalid_parameter", "Send one of prompt and messages.", "prompt")
         check_variables(self.chat_template_kwargs)
+
+    def shown_tools(self) -> list[dict[str, Any]] | None:
+        """The tools as the template gets them."""
+        return None if self.tools is None else [tool.model_dump(exclude_unset=True) for tool in self.tools]
 
 
 class DetokenizeRequest(Strict):

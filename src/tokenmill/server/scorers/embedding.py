@@ -19,9 +19,7 @@ class _Embedding:
         pooling = msgspec.structs.replace(llm.pooling, normalize=True)
         texts = list(dict.fromkeys(text for pair in pairs for text in pair))  # a query that many share is asked once
         outputs = await ask([Question(text, pooling) for text in texts])
-        vectors = {
-            text: np.asarray(output.embedding, np.float64) for text, output in zip(texts, outputs, strict=True)
-        }
+        vectors = {text: np.asarray(output.embedding, np.float64) for text, output in zip(texts, outputs, strict=True)}
         return [math.fsum(vectors[query] * vectors[document]) for query, document in pairs]
 
 

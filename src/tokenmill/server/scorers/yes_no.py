@@ -63,19 +63,13 @@ def _prompt(tokenizer: Tokenizer, pair: Pair) -> list[int]:
 
 
 def _only(words: Sequence[int]) -> SamplingParams:
-    return SamplingParams(
-        temperature=0, max_tokens=1, allowed_token_ids=list(words), logprobs=_TOP, ignore_eos=True
-    )
+    return SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=list(words), logprobs=_TOP, ignore_eos=True)
 
 
 def _logprobs(output: RequestOutput, words: Sequence[int]) -> dict[int, float]:
     """What is reported about `words`. Log probabilities are those of the raw logits, whatever was allowed."""
     [entry] = output.outputs[0].logprobs or []
-    return {
-        token: logprob
-        for token, logprob in zip(entry.token_ids, entry.logprobs, strict=True)
-        if token in words
-    }
+    return {token: logprob for token, logprob in zip(entry.token_ids, entry.logprobs, strict=True) if token in words}
 
 
 SCORER: Scorer = _YesNo()
