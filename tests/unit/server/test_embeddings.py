@@ -57,7 +57,7 @@ async def test_dimensions_and_normalize_reach_the_engine(http: httpx2.AsyncClien
     [
         ({"input": []}, "empty_prompt", "input"),
         ({"input": ["a"] * 2049}, "invalid_parameter", "input"),
-        ({"input": [1.5]}, "invalid_parameter", "input[0]"),
+        ({"input": [1.5]}, "invalid_parameter", "input"),
         ({"input": None}, "invalid_parameter", "input"),
         ({"encoding_format": "hex"}, "invalid_parameter", "encoding_format"),
         ({"dimensions": 0}, "invalid_parameter", "dimensions"),
