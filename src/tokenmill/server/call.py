@@ -60,6 +60,7 @@ def call_of(
     prompt: Prompt,
     params: SamplingParams,
     context: JSON | None = None,
+    pooling: PoolingParams | None = None,
 ) -> Call:
     """A call for one prompt of an HTTP request."""
     traced = {name: value for name in ("traceparent", "tracestate") if (value := request.headers.get(name))}
@@ -69,6 +70,7 @@ def call_of(
         model=model,
         prompt=prompt,
         params=params,
+        pooling=pooling,
         principal=principal_of(request),
         priority=body.priority,
         tenant=body.user or "",

@@ -74,12 +74,12 @@ class Asker:
         service = service_of(self._request)
         first, self._asked = self._asked, self._asked + len(questions)
         calls = [
-            dataclasses.replace(
-                call_of(self._request, self._body, self._model, f"{self._id}-{number}", each.prompt, each.params),
+            call_of(
+                self._request, self._body, self._model, f"{self._id}-{number}", each.prompt, each.params,
                 pooling=each.pooling,
             )
             for number, each in enumerate(questions, first)
-        ]
+        ]  # fmt: skip
         try:
             outputs = await last_outputs([service.generate(call) for call in calls])
         except RequestError as error:

@@ -1,14 +1,17 @@
 """POST /v1/embeddings through the official client."""
 
 import base64
+import dataclasses
 from array import array
 from typing import Any
 
 import httpx2
 import openai
 import pytest
+from fastapi import FastAPI
 
 from tokenmill.errors import RequestError
+from tokenmill.server.call import Call, Outcome
 from tokenmill.types import ErrorInfo, PoolingParams
 
 
@@ -75,6 +78,25 @@ async def test_a_refusal_of_the_engine_names_the_input(http: httpx2.AsyncClient,
     llm.refusal = RequestError("prompt_too_long", "The prompt has 9 tokens; at most 8 fit.", "prompt")
     error = (await http.post("/v1/embeddings", json={"input": "a"})).json()["error"]
     assert (error["code"], error["param"]) == ("prompt_too_long", "input")
+
+
+async def test_an_embedding_passes_those_who_watch_over_calls(http: httpx2.AsyncClient, app: FastAPI, llm: Any) -> None:
+    ended: list[tuple[Call, Outcome]] = []
+
+    class Books:
+        async def begin(self, call: Call) -> None:
+            assert call.prompt_token_ids == llm.tokenizer.encode("hello")
+
+        def end(self, call: Call, outcome: Outcome) -> None:
+            ended.append((call, outcome))
+
+    app.state.service = dataclasses.replace(app.state.service, interceptors=(Books(),))
+    await http.post("/v1/embeddings", json={"input": ["hello", "hello"]})
+    assert [call.endpoint for call, _ in ended] == ["/v1/embeddings"] * 2
+    assert len({call.request_id for call, _ in ended}) == 2
+    for _, outcome in ended:
+        assert (outcome.finish_reasons, outcome.error_code, outcome.completion_tokens) == (("stop",), "", 0)
+        assert outcome.prompt_tokens == len(llm.tokenizer.encode("hello"))
 
 
 async def test_a_failure_of_the_engine_is_a_500(http: httpx2.AsyncClient, llm: Any) -> None:

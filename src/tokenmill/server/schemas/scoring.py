@@ -16,20 +16,21 @@ from tokenmill.server.schemas.request import Int, Strict, Submission
 
 __all__ = ["RerankRequest", "ScoreRequest"]
 
-_Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_TEXTS)]
+_Text = Annotated[str, Field(min_length=1)]
+_Texts = Annotated[list[_Text], Field(min_length=1, max_length=MOST_TEXTS)]
 
 
 class Document(Strict):
     """A document as an object."""
 
-    text: str
+    text: _Text
 
 
 class RerankRequest(Submission):
     """Body of ``POST /rerank``, ``/v1/rerank`` and ``/v2/rerank``."""
 
-    query: str
-    documents: Annotated[list[str | Document], Field(min_length=1, max_length=MOST_TEXTS)]
+    query: _Text
+    documents: Annotated[list[_Text | Document], Field(min_length=1, max_length=MOST_TEXTS)]
     top_n: Annotated[Int, Field(ge=1)] | None = None
     """Return only so many, the best."""
     return_documents: bool | None = None
@@ -43,11 +44,11 @@ class RerankRequest(Submission):
 class ScoreRequest(Submission):
     """Body of ``POST /score`` and ``/v1/score``: one text against one or many, or as many against as many."""
 
-    text_1: str | _Texts | None = None
-    text_2: str | _Texts | None = None
-    queries: str | _Texts | None = None
+    text_1: _Text | _Texts | None = None
+    text_2: _Text | _Texts | None = None
+    queries: _Text | _Texts | None = None
     """Another name of `text_1`."""
-    documents: str | _Texts | None = None
+    documents: _Text | _Texts | None = None
     """Another name of `text_2`."""
 
     def check(self) -> None:
