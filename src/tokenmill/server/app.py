@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import signal
 import socket
 import time
@@ -30,6 +31,7 @@ from tokenmill.server.middleware.body_limit import BodyLimit
 from tokenmill.server.middleware.request_id import RequestId
 from tokenmill.server.openapi import describe
 from tokenmill.server.service import Service
+from tokenmill.text.dialect import choose
 
 __all__ = ["create_app", "serve"]
 
@@ -44,7 +46,14 @@ def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics) -> FastAPI
     """The ASGI app. ``app.state.stopping`` is set once the server shuts down."""
     app = FastAPI(title="tokenmill", version=tokenmill.__version__, docs_url=None, redoc_url=None)
     app.openapi = functools.partial(describe, app)  # type: ignore[method-assign]
-    app.state.service = Service(llm, metrics, config.served_model_name or (llm.model_name,), int(time.time()))
+    app.state.service = Service(
+        llm,
+        metrics,
+        names=config.served_model_name or (llm.model_name,),
+        created=int(time.time()),
+        fingerprint=_fingerprint(llm),
+        dialects=choose(llm.tokenizer.chat_template, config.tool_parser, config.reasoning_parser),
+    )
     app.state.scorer = SCORERS.get(config.score_by)
     app.state.stopping = False
     for name in ROUTES.names():
@@ -54,6 +63,11 @@ def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics) -> FastAPI
     app.add_middleware(BodyLimit, limit=int(config.max_body_mib * 2**20))
     app.add_middleware(RequestId)  # the last one added is the first to see a request
     return app
+
+
+def _fingerprint(llm: AsyncLLM) -> str:
+    made_of = repr((tokenmill.__version__, llm.config)).encode()
+    return f"fp_{hashlib.blake2b(made_of, digest_size=5).hexdigest()}"
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -16,6 +16,7 @@ import tokenizers
 from fastapi import FastAPI
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from tokenmill.engine.config import EngineConfig
 from tokenmill.llm import Health
 from tokenmill.server.app import _bind, _Server, create_app
 from tokenmill.server.config import ServerConfig
@@ -61,6 +62,7 @@ class ScriptedLLM:
     """
 
     model_name = "scripted"
+    config = EngineConfig()
     max_model_len = 2048
 
     def __init__(self, tokenizer: Tokenizer, stats: EngineStats) -> None:

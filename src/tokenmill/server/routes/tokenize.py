@@ -7,6 +7,7 @@ Source: https://docs.vllm.ai/en/latest/serving/openai_compatible_server/#tokeniz
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter
@@ -14,14 +15,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tokenmill.errors import RequestError
+from tokenmill.server.dialogue import begin
 from tokenmill.server.openapi import documented
 from tokenmill.server.schemas.chat import ChatRequest
 from tokenmill.server.schemas.request import parse
 from tokenmill.server.schemas.tokenize import DetokenizeRequest, TokenizeRequest
-from tokenmill.server.service import service_of
-from tokenmill.text.chat import render
-from tokenmill.text.tokenizer import Tokenizer
-from tokenmill.types import JSON
+from tokenmill.server.service import Service, service_of
+from tokenmill.types import JSON, SamplingParams
 
 ROUTER = APIRouter()
 
@@ -33,7 +33,10 @@ async def tokenize(request: Request) -> Response:
     body = parse(TokenizeRequest, await request.body())
     service.check_model(body.model)
     tokenizer = service.llm.tokenizer
-    _, tokens = await asyncio.to_thread(_tokens, tokenizer, body)
+    if body.prompt is None:
+        tokens = await _tokens(service, body)
+    else:
+        tokens = await asyncio.to_thread(tokenizer.encode, body.prompt, body.add_special_tokens is not False)
     answer: JSON = {"count": len(tokens), "max_model_len": service.llm.max_model_len, "tokens": tokens}
     answer["token_strs"] = [tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
     return _json(answer)
@@ -59,11 +62,11 @@ async def render_chat(request: Request) -> Response:
     service = service_of(request)
     body = parse(ChatRequest, await request.body())
     model = service.check_model(body.model)
-    prompt, tokens = await asyncio.to_thread(_tokens, service.llm.tokenizer, body)
+    tokens = await _tokens(service, body, tool_choice=body.chosen_tool)
     return _json(
         {
             "model": model,
-            "prompt": prompt,
+            "prompt": service.llm.tokenizer.decode(tokens, skip_special_tokens=False),
             "token_ids": tokens,
             "count": len(tokens),
             "max_model_len": service.llm.max_model_len,
@@ -71,15 +74,18 @@ async def render_chat(request: Request) -> Response:
     )
 
 
-def _tokens(tokenizer: Tokenizer, body: TokenizeRequest | ChatRequest) -> tuple[str, list[int]]:
-    """The text to make tokens of, and the tokens."""
-    special = isinstance(body, TokenizeRequest) and body.add_special_tokens
-    if isinstance(body, TokenizeRequest) and body.prompt is not None:
-        return body.prompt, tokenizer.encode(body.prompt, special is not False)
-    messages = [message.model_dump(exclude_unset=True) for message in body.messages or ()]
-    tools = body.shown_tools()
-    text = render(tokenizer, messages, tools, body.add_generation_prompt, **body.chat_template_kwargs)
-    return text, tokenizer.encode(text, bool(special))
+async def _tokens(service: Service, body: TokenizeRequest | ChatRequest, tool_choice: Any = None) -> list[int]:
+    """The prompt that a chat makes of its messages."""
+    dialogue = await begin(
+        service,
+        [message.model_dump(exclude_unset=True) for message in body.messages or ()],
+        SamplingParams(),
+        tools=[tool.model_dump(exclude_unset=True) for tool in body.tools or ()],
+        tool_choice=tool_choice,
+        add_generation_prompt=body.add_generation_prompt,
+        variables=body.chat_template_kwargs,
+    )
+    return dialogue.prompt_token_ids
 
 
 def _json(answer: JSON) -> Response:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from tokenmill.errors import RequestError
 from tokenmill.server.schemas.chat import Message, Tool, check_variables
-from tokenmill.server.schemas.request import Int, Strict
+from tokenmill.server.schemas.request import Int, Strict, unsupported
 
 __all__ = ["DetokenizeRequest", "TokenizeRequest"]
 
@@ -23,7 +23,7 @@ class TokenizeRequest(Strict):
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     add_special_tokens: bool | None = None
-    """Whether the tokenizer adds its own; yes for a text, no for messages, whose template writes them."""
+    """Whether the tokenizer adds its own to the text, as it does by default. Messages get those of the template."""
     return_token_strs: bool = False
     """Return each token's text as well."""
     tools: list[Tool] | None = None
@@ -33,11 +33,9 @@ class TokenizeRequest(Strict):
     def check(self) -> None:
         if (self.prompt is None) == (self.messages is None):
             raise RequestError("invalid_parameter", "Send one of prompt and messages.", "prompt")
+        if self.messages is not None and self.add_special_tokens:
+            raise unsupported("add_special_tokens", "The chat template writes the special tokens of messages.")
         check_variables(self.chat_template_kwargs)
-
-    def shown_tools(self) -> list[dict[str, Any]] | None:
-        """The tools as the template gets them."""
-        return None if self.tools is None else [tool.model_dump(exclude_unset=True) for tool in self.tools]
 
 
 class DetokenizeRequest(Strict):
