@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         RequestOutput,
         RequestStats,
         SamplingParams,
+        StructuredOutput,
     )
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "RequestStats",
     "SamplingParams",
     "SchedulerConfig",
+    "StructuredOutput",
     "TokenmillError",
     "UnavailableError",
     "__version__",
@@ -80,6 +82,7 @@ _HOMES = {
         "RequestOutput",
         "RequestStats",
         "SamplingParams",
+        "StructuredOutput",
     ),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -11,6 +11,7 @@ import json
 import random
 from array import array
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.memory import ModelFacts
 from tokenmill.engine.plan import PlannedRow, PoolRow, RowResult, StepPlan, StepResult
+from tokenmill.engine.request import PREPARED
 from tokenmill.models.spec import KVGroup, KVLayout
-from tokenmill.types import EngineOutput, EngineRequest, PoolingParams, SamplingParams
+from tokenmill.types import EngineOutput, EngineRequest, FinishReason, PoolingParams, SamplingParams
 
 __all__ = [
     "FakeClock",
@@ -86,6 +88,9 @@ class FakeExecutor:
         self._seconds = seconds_per_token
         self._memory: dict[int, dict[int, tuple[int, int, int]]] = {}
 
+    def prepare(self, params: SamplingParams) -> Future[Any]:
+        return PREPARED
+
     def execute(self, plan: StepPlan) -> StepResult:
         self.steps.append(plan)
         if self._clock is not None:
@@ -121,7 +126,7 @@ class FakeExecutor:
                 expected = history[position] if history is not None else None
                 assert expected is None or found[2] == expected, f"{row.request_id} reads a wrong token at {position}"
         if row.pool is not None:
-            return RowResult(pooled=self._pool(row, row.pool))
+            return RowResult(pooled=self._pool(row, row.pool), ended=FinishReason.STOP if row.pool.last else None)
         if row.sample is None:
             return RowResult()
         assert end == len(row.sample.history), "a row samples before its known tokens are computed"

@@ -26,6 +26,7 @@ PUBLIC = [
     "RequestStats",
     "SamplingParams",
     "SchedulerConfig",
+    "StructuredOutput",
     "TokenmillError",
     "UnavailableError",
     "__version__",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from tokenmill.types import PoolingParams, SamplingParams, TokenLogprobs
+from tokenmill.types import ErrorInfo, FinishReason, PoolingParams, SamplingParams, TokenLogprobs
 
 __all__ = ["PlannedRow", "PoolRow", "RowResult", "SampleRow", "StepPlan", "StepResult"]
 
@@ -83,6 +83,10 @@ class RowResult(msgspec.Struct, frozen=True):
     """One entry per token of `PlannedRow.scored`."""
     pooled: bytes = b""
     """For an embedding: the sum so far (`PoolRow.total` of the next row), or what it is made to after the last row."""
+    ended: FinishReason | None = None
+    """Set, instead of tokens, when the request can have no next one."""
+    error: ErrorInfo | None = None
+    """Why, where that is an error."""
 
 
 class StepResult(msgspec.Struct, frozen=True):

@@ -12,7 +12,7 @@ from tokenmill.errors import RequestError
 from tokenmill.llm import AsyncLLM, Prompt
 from tokenmill.server.call import call_of
 from tokenmill.server.generation import Usage, last_outputs
-from tokenmill.server.schemas.request import Submission
+from tokenmill.server.schemas.request import Whole
 from tokenmill.server.service import service_of
 from tokenmill.types import PoolingParams, RequestOutput, SamplingParams
 
@@ -64,7 +64,7 @@ class Asker:
         field: of the body, which errors about a prompt are to name.
     """
 
-    def __init__(self, request: Request, body: Submission, model: str, answer_id: str, field: str) -> None:
+    def __init__(self, request: Request, body: Whole, model: str, answer_id: str, field: str) -> None:
         self.usage = Usage()
         self._request, self._body, self._model = request, body, model
         self._id, self._field = answer_id, field

@@ -139,7 +139,7 @@ class Chain:
 
         Args:
             tools: the request's tools in OpenAI's format.
-            choice: OpenAI's ``tool_choice``: ``"none"``, ``"auto"``, ``"required"``, or an object that names a function.
+            choice: OpenAI's ``tool_choice``: ``"none"``, ``"auto"``, ``"required"``, or an object naming a function.
             parallel: whether there may be several calls.
             special_id: the tokenizer's.
             prompt: the text before the completion, or its end.
@@ -205,7 +205,7 @@ def lark_text(text: str) -> str:
 
 
 def lark_marker(text: str, special_id: SpecialId) -> str:
-    """`text` in Lark: as a token where it is a special one, which a grammar of characters cannot reach, else as text."""
+    """`text` in Lark: the token where it is a special one, which no grammar of characters reaches, else the text."""
     token_id = special_id(text)
     return lark_text(text) if token_id is None else f"<[{token_id}]>"
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, cast
 from pydantic import Field
 
 from tokenmill.errors import RequestError
-from tokenmill.server.schemas.request import Int, Submission
+from tokenmill.server.schemas.request import Int, Whole
 
 __all__ = ["MOST_TEXTS", "EmbeddingRequest"]
 
@@ -18,7 +18,7 @@ MOST_TEXTS = 2048
 """Texts in one request, as many as OpenAI takes."""
 
 
-class EmbeddingRequest(Submission):
+class EmbeddingRequest(Whole):
     """Body of ``POST /v1/embeddings``."""
 
     input: str | list[str] | list[Int] | list[list[Int]]

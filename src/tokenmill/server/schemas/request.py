@@ -10,7 +10,7 @@ from pydantic_core import ErrorDetails
 from tokenmill.errors import RequestError, did_you_mean
 from tokenmill.types import SamplingParams
 
-__all__ = ["Generation", "Int", "Seconds", "StreamOptions", "Strict", "Submission", "parse", "unsupported"]
+__all__ = ["Generation", "Int", "Seconds", "StreamOptions", "Strict", "Submission", "Whole", "parse", "unsupported"]
 
 Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 """An integer that crosses to the engine in 64 bits."""
@@ -57,10 +57,14 @@ class Submission(Strict):
     timeout_s: Seconds | None = None
     """When the answer is of no more use: the request then ends, wherever it is."""
 
+
+class Whole(Submission):
+    """A request whose answer is always sent at once."""
+
     @property
-    def streams(self) -> bool:
-        """Whether the answer is sent in pieces."""
-        return False
+    def stream(self) -> None:
+        """Never in pieces."""
+        return None
 
 
 class Generation(Submission):
@@ -92,12 +96,17 @@ class Generation(Submission):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
 
+    prompt_cache_key: str | None = None
+    """Names the conversation, for explanations of the prefix cache."""
+
+    cache_report: bool = False
+    """Tell what the prefix cache did for the prompt, and why not more."""
+
     # OpenAI's parameters for its own platform; they change nothing here.
     metadata: dict[str, Any] | None = None
     store: Any = None
     service_tier: Any = None
     safety_identifier: Any = None
-    prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
 
     def sampling(self, **own: Any) -> SamplingParams:
@@ -114,10 +123,6 @@ class Generation(Submission):
             raise RequestError("invalid_parameter", "stream_options needs stream: true.", "stream_options")
         if self.prompt_logprobs is not None and self.stream:
             raise unsupported("prompt_logprobs", "prompt_logprobs is not sent in a stream; leave stream out.")
-
-    @property
-    def streams(self) -> bool:
-        return bool(self.stream)
 
     @property
     def usage_options(self) -> StreamOptions:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from tokenmill.errors import RequestError
 from tokenmill.server.schemas.embeddings import MOST_TEXTS
-from tokenmill.server.schemas.request import Int, Strict, Submission
+from tokenmill.server.schemas.request import Int, Strict, Whole
 
 __all__ = ["RerankRequest", "ScoreRequest"]
 
@@ -26,7 +26,7 @@ class Document(Strict):
     text: _Text
 
 
-class RerankRequest(Submission):
+class RerankRequest(Whole):
     """Body of ``POST /rerank``, ``/v1/rerank`` and ``/v2/rerank``."""
 
     query: _Text
@@ -41,7 +41,7 @@ class RerankRequest(Submission):
         return [document if isinstance(document, str) else document.text for document in self.documents]
 
 
-class ScoreRequest(Submission):
+class ScoreRequest(Whole):
     """Body of ``POST /score`` and ``/v1/score``: one text against one or many, or as many against as many."""
 
     text_1: _Text | _Texts | None = None

@@ -29,7 +29,7 @@ from tokenmill.text.dialect import (
     lark_marker,
     lark_text,
 )
-from tokenmill.text.markup import Ends, Found, Malformed, Read, Reader, StreamParser, checked_call
+from tokenmill.text.markup import Ends, Found, Malformed, Read, Reader, StreamParser, all_of, checked_call
 
 _START, _CHANNEL, _MESSAGE, _END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
 _CONSTRAIN, _CALL = "<|constrain|>", "<|call|>"
@@ -152,12 +152,9 @@ def _continued(prompt: str) -> _Header | None:
     reader.feed(header + message)
     reader.close()
     try:
-        next(_header(reader, _START))
-    except StopIteration as result:
-        return result.value
+        return all_of(_header(reader, _START))
     except Malformed:
-        pass
-    return None
+        return None
 
 
 DIALECT = Harmony()

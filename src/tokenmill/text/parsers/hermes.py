@@ -11,7 +11,7 @@ from collections.abc import Generator
 from typing import ClassVar
 
 from tokenmill.text.dialect import Dialect, Functions, Kind, Parser, SpecialId, lark_calls, lark_marker
-from tokenmill.text.markup import CallParser, Found, Malformed, Reader, call_of
+from tokenmill.text.markup import Found, Malformed, Reader, StreamParser, call_of, calls_in_content
 
 
 class Hermes(Dialect):
@@ -32,7 +32,7 @@ class Hermes(Dialect):
                 raise Malformed
             yield call_of(text, functions)
 
-        return CallParser("<tool_call>", read, self.new_id)
+        return StreamParser(calls_in_content("<tool_call>", read), self.new_id)
 
     def calls_grammar(self, functions: Functions, parallel: bool, special_id: SpecialId) -> str:
         calls = lark_calls(functions, lambda name: f'\n{{"name": {json.dumps(name)}, "arguments": ')

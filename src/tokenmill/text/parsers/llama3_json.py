@@ -1,7 +1,7 @@
 """Llama 3.1 to 3.3: calls are JSON objects with ``name`` and ``parameters``, separated by semicolons.
 
-They follow the token ``<|python_tag|>``, or begin the answer without it. An object with any other first key is an answer
-in JSON and goes out as it comes.
+They follow the token ``<|python_tag|>``, or begin the answer without it. An object with any other first key is an
+answer in JSON and goes out as it comes.
 
 Source: https://github.com/meta-llama/llama-models/blob/main/models/llama3_1/prompt_format.md
 """
@@ -13,7 +13,7 @@ from collections.abc import Generator
 from typing import ClassVar
 
 from tokenmill.text.dialect import Dialect, Functions, Kind, Parser, SpecialId, lark_calls
-from tokenmill.text.markup import CallParser, Found, Reader, call_of
+from tokenmill.text.markup import Found, Reader, StreamParser, call_of, calls_in_content
 
 _KEYS = ("name", "parameters", "arguments", "type")
 
@@ -37,7 +37,7 @@ class Llama3Json(Dialect):
                     return
                 yield from reader.spaces()
 
-        return CallParser("<|python_tag|>", read, self.new_id, bare="{")
+        return StreamParser(calls_in_content("<|python_tag|>", read, bare="{"), self.new_id)
 
     def calls_grammar(self, functions: Functions, parallel: bool, special_id: SpecialId) -> str:
         calls = lark_calls(functions, lambda name: f'{{"name": {json.dumps(name)}, "parameters": ')

@@ -16,7 +16,7 @@ from collections.abc import Generator, Mapping
 from typing import Any, ClassVar
 
 from tokenmill.text.dialect import Dialect, Functions, Kind, Parser, SpecialId, lark_text
-from tokenmill.text.markup import CallParser, Found, Malformed, Reader, checked_call
+from tokenmill.text.markup import Found, Malformed, Reader, StreamParser, calls_in_content, checked_call
 
 _NAME = re.compile(r"[\w.]+")
 _WORDS = {"true": True, "false": False, "null": None}
@@ -42,7 +42,7 @@ class Pythonic(Dialect):
                     return
                 yield from reader.expect(",")
 
-        return CallParser("", read, self.new_id, bare="[")
+        return StreamParser(calls_in_content("", read, bare="["), self.new_id)
 
     def calls_grammar(self, functions: Functions, parallel: bool, special_id: SpecialId) -> str:
         calls = " | ".join(f"call_{i}" for i in range(len(functions)))
