@@ -1,6 +1,6 @@
 """Whatever is sent, the answer is one that the document promises, and the server serves on.
 
-`--cases N` sends more than a run of the tests does by itself; `make fuzz` sends 10,000 bodies and 2,000 documented cases.
+`--cases N` sends N bodies and N / 4 documented requests; `make fuzz` sends 10,000 and 2,500.
 """
 
 import asyncio
@@ -14,10 +14,10 @@ from typing import Any
 import httpx2
 import pytest
 import schemathesis
-from conftest import running_server
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import not_a_server_error
-from schemathesis.openapi.checks import status_code_conformance
+from schemathesis.specs.openapi.checks import status_code_conformance
+from tests.e2e.conftest import running_server
 
 from tokenmill.testing import random_model
 
@@ -36,8 +36,8 @@ VALID: dict[str, dict[str, Any]] = {
     "/v1/chat/render": CHAT | {"tools": [], "chat_template_kwargs": {}},
 }
 ODD: list[Any] = [
-    None, True, 0, -1, 2**63, -(2**64), 10**40, 1.5, 1e308, "", "x", "\0", "\ud800", "😀", "x" * 5000, [], [[]], {}, {"a": None},
-    ["\udfff"], {"\ud800": "\ud800"}, [0] * 500,
+    None, True, 0, -1, 2**63, -(2**64), 10**40, 1.5, 1e308, "", "x", "\0", "\ud800", "😀", "x" * 5000, [], [[]], {},
+    {"a": None}, ["\udfff"], {"\ud800": "\ud800"}, [0] * 500,
 ]  # fmt: skip
 
 
@@ -51,24 +51,29 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield server.url
 
 
-@pytest.fixture(scope="module")
-def document(tiny: str) -> Any:
-    return schemathesis.openapi.from_url(f"{tiny}/openapi.json")
+def test_documented_requests_get_documented_answers(tiny: str, pytestconfig: pytest.Config) -> None:
+    document = schemathesis.openapi.from_url(f"{tiny}/openapi.json")
+    operations = [found.ok() for found in document.get_all_operations()]
+    assert "/v1/chat/completions" in {operation.path for operation in operations}
+    for operation in operations:
+        sent = 0
 
+        @settings(
+            max_examples=max(1, pytestconfig.getoption("cases") // len(operations) // 4),
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(operation.as_strategy())
+        def send(case: Any) -> None:
+            nonlocal sent
+            sent += 1
+            case.call_and_validate(checks=[not_a_server_error, status_code_conformance], timeout=60)
 
-schema = schemathesis.pytest.from_fixture("document")
-
-
-@schema.parametrize()
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=list(HealthCheck),
-)
-def test_documented_requests_get_documented_answers(case: Any) -> None:
-    case.call_and_validate(checks=[not_a_server_error, status_code_conformance], timeout=60)
+        send()
+        assert sent > 0, operation.label
 
 
 def bodies(rng: random.Random) -> Iterator[tuple[str, bytes]]:
@@ -83,7 +88,9 @@ def _broken(rng: random.Random, valid: dict[str, Any]) -> bytes:
     data = bytearray(json.dumps(valid).encode())
     for _ in range(rng.randint(1, 4)):
         place = rng.randrange(len(data))
-        data[place : place + rng.randint(0, 3)] = rng.choice([b"", b"{", b"]", b'"', b",", b"\\", b"\\u12", b"//", b"'"])
+        data[place : place + rng.randint(0, 3)] = rng.choice(
+            [b"", b"{", b"]", b'"', b",", b"\\", b"\\u12", b"//", b"'"]
+        )
     return bytes(data[: rng.randint(1, len(data) * 2)] if data else b"")
 
 
@@ -96,15 +103,19 @@ def _mistyped(rng: random.Random, valid: dict[str, Any]) -> bytes:
 
 def _extended(rng: random.Random, valid: dict[str, Any]) -> bytes:
     fields = (
-        "stop", "temperature", "top_p", "top_k", "logprobs", "response_format", "tools", "tool_choice", "stream", "seed",
-        "stream_options", "guided_json", "guided_regex", "structured_outputs", "logit_bias", "cache_salt", "priority", "user",
-        "metadata", "chat_template_kwargs", "bad_words", "allowed_token_ids", "timeout_s", "prompt_logprobs", "min_tokens",
+        "stop", "temperature", "top_p", "top_k", "logprobs", "response_format", "tools", "tool_choice", "stream",
+        "seed", "stream_options", "guided_json", "guided_regex", "structured_outputs", "logit_bias",
+        "cache_salt", "priority",
+        "user", "metadata", "chat_template_kwargs", "bad_words", "allowed_token_ids", "timeout_s",
+        "prompt_logprobs", "min_tokens",
     )  # fmt: skip
     return json.dumps(valid | {field: rng.choice(ODD) for field in rng.sample(fields, rng.randint(1, 3))}).encode()
 
 
 def _numbers(rng: random.Random, valid: dict[str, Any]) -> bytes:
-    number = rng.choice(["1e400", "-1e400", "1" * 400, "NaN", "Infinity", "-0", "0.0000001", "1E+2", "01", "1.", "9" * 19])
+    number = rng.choice(
+        ["1e400", "-1e400", "1" * 400, "NaN", "Infinity", "-0", "0.0000001", "1E+2", "01", "1.", "9" * 19]
+    )
     field = rng.choice(["max_tokens", "temperature", "seed", "top_k", "n", "min_p"])
     return json.dumps(valid | {field: 0}).replace(f'"{field}": 0', f'"{field}": {number}').encode()
 
@@ -127,7 +138,7 @@ def _surrogates(rng: random.Random, valid: dict[str, Any]) -> bytes:
     return json.dumps(valid).replace("Hi", half).replace("tiny", rng.choice(["tiny", half])).encode()
 
 
-def _random(rng: random.Random, valid: dict[str, Any]) -> bytes:
+def _random(rng: random.Random, _: dict[str, Any]) -> bytes:
     return rng.randbytes(rng.randint(0, 200))
 
 
