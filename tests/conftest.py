@@ -4,6 +4,8 @@ import pytest
 
 from tokenmill.testing import random_model
 
+pytest_plugins = ["services"]
+
 
 @pytest.fixture(scope="session")
 def tiny_model_path(tmp_path_factory) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from tokenmill.errors import RequestError
 from tokenmill.server.call import Call, Outcome
 from tokenmill.server.costs import MachineTime, Prices
 from tokenmill.server.ledger import Entry, Recorder
@@ -44,8 +45,12 @@ class Accounting(Collector):
         """Admits the call.
 
         Raises:
+            RequestError: ``model_not_allowed``, or as `RateLimits.admit` says.
             UnavailableError: as `RateLimits.admit` says.
         """
+        models = call.principal.models
+        if models is not None and call.model not in models:
+            raise RequestError("model_not_allowed", f"This key may not use the model {call.model!r}.", "model")
         self._open[call.request_id] = await self._limits.admit(call)
         self._machine.enter(call.request_id)
 
@@ -64,10 +69,6 @@ class Accounting(Collector):
         if ticket is not None:
             self._limits.settle(ticket, outcome.prompt_tokens + outcome.completion_tokens, dollars)
         self._ledger.record(_entry(call, outcome, dollars, self._now()))
-
-    async def close(self) -> None:
-        """Delivers what is under way."""
-        await self._limits.close()
 
     def collect(self) -> Iterator[Metric]:
         """The metrics of limits, cost and ledger."""

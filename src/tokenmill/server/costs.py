@@ -13,7 +13,7 @@ import time
 
 from tokenmill.types import Clock
 
-__all__ = ["MachineTime", "Prices"]
+__all__ = ["FREE", "MachineTime", "Prices"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Prices:
         """
         tokens = prompt_tokens * self.per_million_input + completion_tokens * self.per_million_output
         return tokens / 1e6 + machine_s * self.per_hour / 3600
+
+
+FREE = Prices()
 
 
 class MachineTime:

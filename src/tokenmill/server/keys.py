@@ -26,7 +26,7 @@ import sqlalchemy
 from sqlalchemy.exc import IntegrityError
 
 from tokenmill.errors import RequestError, UnavailableError, did_you_mean
-from tokenmill.server.principal import SCOPES, Limits, Principal
+from tokenmill.server.principal import NO_LIMITS, SCOPES, Limits, Principal
 from tokenmill.server.store import DATABASE_ERRORS, KEYS, Store
 from tokenmill.types import JSON
 
@@ -57,7 +57,7 @@ class KeySpec:
     """Served names that it may use; None is every model."""
     priority: int = 0
     """Added to the priority that a request asks for."""
-    limits: Limits = Limits()
+    limits: Limits = NO_LIMITS
     owner: str = ""
     note: str = ""
     expires: float | None = None
@@ -250,7 +250,7 @@ class Keyring:
     """
 
     def __init__(self, keys: Keys, salted: bool = True) -> None:
-        self._keys = keys
+        self.keys = keys
         self._salted = salted
         self._known: dict[str, tuple[Key, Principal]] = {}
         self._version = 0
@@ -281,7 +281,7 @@ class Keyring:
             UnavailableError: ``database_unavailable``; what is known stays known.
         """
         with self._refreshing:
-            for key in self._keys.changed_after(self._version):
+            for key in self.keys.changed_after(self._version):
                 self._known[key.id] = key, self._principal(key)
                 self._version = key.version
 
@@ -289,7 +289,7 @@ class Keyring:
         """Whose key this is; None for one that is unknown, expired or revoked."""
         form = _FORM.fullmatch(secret)
         key, principal = self._known.get(form[1], (None, None)) if form else (None, None)
-        given, now = _hash(secret), self._keys.now()
+        given, now = _hash(secret), self.keys.now()
         # All comparisons are made and take the same time, so the time tells nothing about how near a guess was.
         new = hmac.compare_digest(given, key.hash if key else _NOBODY)
         old = hmac.compare_digest(given, (key.old_hash if key else None) or _NOBODY)

@@ -104,7 +104,7 @@ class Ledger:
 
     Args:
         spill: the file for lines that the database cannot take now. Several servers may share it.
-        keep_days: rows older than so many days are deleted; None keeps all.
+        keep_days: rows older than so many days are deleted.
         bound: how many lines are kept in memory at most.
         now: seconds since 1970.
     """
@@ -113,7 +113,7 @@ class Ledger:
         self,
         store: Store,
         spill: Path,
-        keep_days: float | None = None,
+        keep_days: int,
         bound: int = _BOUND,
         clock: Clock = time.monotonic,
         now: Callable[[], float] = time.time,
@@ -206,7 +206,7 @@ class Ledger:
             self._store.insert_new(connection, USAGE, [entry.row() for entry in entries])
 
     def _prune(self) -> None:
-        if self._keep_days is not None and self._clock() >= self._prune_at:
+        if self._clock() >= self._prune_at:
             oldest = _day(self._now() - self._keep_days * 86_400)
             with self._store.writing() as connection:
                 connection.execute(sqlalchemy.delete(USAGE).where(USAGE.c.day < oldest))

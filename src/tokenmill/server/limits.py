@@ -80,10 +80,6 @@ class RateLimits:
         """Gives back everything but the request itself: the engine has refused it."""
         self.settle(ticket, 0, 0.0)
 
-    async def close(self) -> None:
-        """Delivers what is under way."""
-        await self._quotas.close()
-
     def _meters(self, call: Call) -> list[Meter]:
         limits = call.principal.limits
         prompt = len(call.prompt_token_ids)

@@ -238,7 +238,7 @@ class RedisQuotas:
             await self._ask(self._settle_script, _names(key_id), arguments)
         finally:
             tasks = self._settling[key_id]
-            tasks.discard(asyncio.current_task())  # type: ignore[arg-type]
+            tasks.discard(asyncio.current_task())
             if not tasks:
                 del self._settling[key_id]
 

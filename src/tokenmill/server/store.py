@@ -146,9 +146,8 @@ class Store:
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlalchemy.Connection]:
         """A connection in a transaction that writes; committed at the end, rolled back by an exception."""
-        with self._engine.connect() as connection:
-            with connection.execution_options(**{_WRITES: True}).begin():
-                yield connection
+        with self._engine.connect() as connection, connection.execution_options(**{_WRITES: True}).begin():
+            yield connection
 
     def insert_new(self, connection: sqlalchemy.Connection, table: Table, rows: list[dict[str, Any]]) -> None:
         """Inserts those rows whose primary key is not there yet."""

@@ -11,7 +11,7 @@ from tokenmill.errors import RequestError
 from tokenmill.server.errors import response_of
 from tokenmill.server.principal import ANYONE, Principal
 
-__all__ = ["Access", "anyone", "scope_of"]
+__all__ = ["Access", "scope_of"]
 
 _OPEN = frozenset({"/livez", "/readyz", "/startupz", "/health"})
 """What a load balancer asks. It tells whether the server is well, and nothing about anyone."""
@@ -24,11 +24,6 @@ def scope_of(path: str) -> str | None:
     if path == "/metrics":
         return "metrics"
     return "admin" if path == "/admin" or path.startswith("/admin/") else "inference"
-
-
-def anyone(secret: str) -> Principal:
-    """Recognizes everybody: keys are off."""
-    return ANYONE
 
 
 class Access:
