@@ -18,7 +18,7 @@ import pytest
 
 def program(name: str) -> str:
     """The path of a program. Without it the test is skipped, but not where CI is set."""
-    places = [*Path("/usr/lib/postgresql").glob("*/bin"), Path("/usr/local/bin"), *Path("/opt/homebrew/bin").glob("")]
+    places = [*Path("/usr/lib/postgresql").glob("*/bin"), Path("/usr/local/bin"), Path("/opt/homebrew/bin")]
     path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, sorted(places, reverse=True))])
     found = shutil.which(name, path=path)
     if found is None:

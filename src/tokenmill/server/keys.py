@@ -36,7 +36,8 @@ REFRESH_S = 2.0
 """How long a change of a key may take to reach every server."""
 
 _logger = logging.getLogger(__name__)
-_FORM = re.compile(r"tm-([0-9a-f]{12})-[A-Za-z0-9_-]{43}")
+_ID = "[0-9a-f]{12}"
+_FORM = re.compile(rf"tm-({_ID})-[A-Za-z0-9_-]{{43}}")
 _ATTEMPTS = 20
 _LONGEST = 200
 _NOBODY = hashlib.sha256(secrets.token_bytes(32)).hexdigest()
@@ -166,7 +167,7 @@ class Keys:
             RequestError: ``key_not_found``.
             UnavailableError: ``database_unavailable``.
         """
-        found = self._read(KEYS.c.id == key_id)
+        found = self._read(KEYS.c.id == key_id) if re.fullmatch(_ID, key_id) else []
         if not found:
             raise RequestError("key_not_found", f"There is no key with the id {key_id[:_LONGEST]!r}.", "id")
         return found[0]
@@ -212,7 +213,7 @@ class Keys:
             RequestError: ``key_not_found``.
             UnavailableError: ``database_unavailable``.
         """
-        good = (KEYS.c.id == key_id) & KEYS.c.revoked.is_(None)
+        good = (KEYS.c.id == self.get(key_id).id) & KEYS.c.revoked.is_(None)
         self._write(lambda version: sqlalchemy.update(KEYS).where(good).values(revoked=self.now(), version=version))
         return self.get(key_id)
 
