@@ -259,6 +259,9 @@ class RedisQuotas:
                 _logger.warning("Redis is away, so limits are counted by this server alone: %s", error)
             self._away_until = self._clock() + _AWAY_S
             self.away = True
+            with contextlib.suppress(*self._errors):
+                # The other connections that nobody uses now are as dead; they would be found so one by one.
+                await self._client.connection_pool.disconnect(inuse_connections=False)
             return None
         if self.away:
             _logger.warning("Redis is back; limits are counted there again")
