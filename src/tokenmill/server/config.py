@@ -32,7 +32,7 @@ class UsageConfig:
     """What is written down about requests, and what they cost."""
 
     ledger: bool = option(True, "whether tokens, times and cost of each request are written to the database")
-    keep_usage_days: int = option(400, "usage older than so many days is deleted", low=1)
+    keep_usage_days: int = option(400, "usage older than so many days is deleted", low=1, high=36_500)
     dollars_per_hour: float = option(0.0, "price of this machine, shared by the requests that are in it", low=0)
     dollars_per_million_input: float = option(0.0, "price of prompt tokens", low=0)
     dollars_per_million_output: float = option(0.0, "price of generated tokens", low=0)

@@ -26,7 +26,7 @@ import msgspec
 import sqlalchemy
 
 from tokenmill.errors import UnavailableError
-from tokenmill.server.store import DATABASE_ERRORS, USAGE, Store
+from tokenmill.server.store import DATABASE_ERRORS, USAGE, Store, told
 from tokenmill.types import JSON, Clock
 
 __all__ = ["Entry", "Ledger", "NoLedger", "Recorder"]
@@ -123,7 +123,8 @@ class Ledger:
         self._keep_days = keep_days
         self._bound = bound
         self._clock = clock
-        self._now = now
+        # Setting the machine's clock ahead must not delete what is young, so it is read but once.
+        self._epoch = now() - clock()
         self._queue: collections.deque[Entry] = collections.deque()
         """Filled by those who serve, emptied by the thread."""
         self._taken: list[Entry] = []
@@ -183,7 +184,7 @@ class Ledger:
             self._prune()
         except (UnavailableError, *DATABASE_ERRORS) as error:
             if not self._failures:
-                _logger.warning("usage cannot be written to the database now and is kept: %s", error)
+                _logger.warning("usage cannot be written to the database now and is kept: %s", told(error))
             self._retry_at = self._clock() + min(_LONGEST_PAUSE_S, _TICK_S * 2**self._failures)
             self._failures = min(self._failures + 1, 10)
             return False
@@ -207,7 +208,7 @@ class Ledger:
 
     def _prune(self) -> None:
         if self._clock() >= self._prune_at:
-            oldest = _day(self._now() - self._keep_days * 86_400)
+            oldest = _day(self._epoch + self._clock() - self._keep_days * 86_400)
             with self._store.writing() as connection:
                 connection.execute(sqlalchemy.delete(USAGE).where(USAGE.c.day < oldest))
             self._prune_at = self._clock() + _PRUNE_EVERY_S

@@ -6,6 +6,7 @@ Everything else speaks to it through `Store`. Its tables are made by the migrati
 from __future__ import annotations
 
 import contextlib
+import logging
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from tokenmill.errors import ConfigError, MissingDependencyError, UnavailableError
 from tokenmill.server.config import StoreConfig
 
-__all__ = ["DATABASE_ERRORS", "KEYS", "USAGE", "Store", "state_folder"]
+__all__ = ["DATABASE_ERRORS", "KEYS", "USAGE", "Store", "state_folder", "told"]
 
 DATABASE_ERRORS = (SQLAlchemyError, OSError)
 """What a database that is away, full or broken raises."""
@@ -80,6 +81,9 @@ USAGE = Table(
 
 _WRITES = "tokenmill_writes"
 _MIGRATION_LOCK = 0x746F6B656E  # any number, the same in every process
+# The pool logs a traceback for each connection that ended with its server. What failed is told by whoever needed it.
+logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
+
 _MIGRATING = threading.Lock()
 """Alembic has one context for the whole process."""
 _TIMEOUT_S = 5
@@ -135,7 +139,7 @@ class Store:
                 config.attributes["connection"] = connection
                 alembic.command.upgrade(config, "head")
         except DATABASE_ERRORS as error:
-            raise UnavailableError("database_unavailable", f"The database cannot be used: {_told(error)}.") from error
+            raise UnavailableError("database_unavailable", f"The database cannot be used: {told(error)}.") from error
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlalchemy.Connection]:
@@ -200,6 +204,6 @@ def _postgresql(address: str) -> sqlalchemy.Engine:
         raise MissingDependencyError("pg8000", "A PostgreSQL database", "postgres") from None
 
 
-def _told(error: Exception) -> str:
-    """What the driver said, without SQLAlchemy's statement and link."""
+def told(error: Exception) -> str:
+    """What the driver said, without SQLAlchemy's statement and values."""
     return str(getattr(error, "orig", None) or error).strip().rstrip(".")
