@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import uvicorn
@@ -24,6 +25,7 @@ from tokenmill.errors import ConfigError, RequestError, TokenmillError
 from tokenmill.llm import AsyncLLM
 from tokenmill.registry import Registry
 from tokenmill.server.config import ServerConfig
+from tokenmill.server.conversations import Conversations
 from tokenmill.server.errors import response_of
 from tokenmill.server.metrics import Metrics
 from tokenmill.server.middleware.access import Access
@@ -32,6 +34,7 @@ from tokenmill.server.middleware.request_id import RequestId
 from tokenmill.server.openapi import describe
 from tokenmill.server.service import Service
 from tokenmill.server.tenants import Tenants, tenants_opened
+from tokenmill.text.dialect import choose
 
 __all__ = ["create_app", "serve"]
 
@@ -53,8 +56,15 @@ def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics, tenants: T
     metrics.add(accounting)
     app = FastAPI(title="tokenmill", version=tokenmill.__version__, docs_url=None, redoc_url=None)
     app.openapi = functools.partial(describe, app)  # type: ignore[method-assign]
-    names = config.served_model_name or (llm.model_name,)
-    app.state.service = Service(llm, metrics, names, int(time.time()), (accounting,))
+    app.state.service = Service(
+        llm,
+        metrics,
+        names=config.served_model_name or (llm.model_name,),
+        created=int(time.time()),
+        fingerprint=_fingerprint(llm),
+        interceptors=(accounting, Conversations(llm.tokenizer)),
+        dialects=choose(llm.tokenizer.chat_template, config.tool_parser, config.reasoning_parser),
+    )
     app.state.tenants = tenants
     app.state.stopping = False
     for name in ROUTES.names():
@@ -65,6 +75,11 @@ def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics, tenants: T
     app.add_middleware(Access, recognize=tenants.recognize, admin_port=config.access.admin_port)
     app.add_middleware(RequestId)  # the last one added is the first to see a request
     return app
+
+
+def _fingerprint(llm: AsyncLLM) -> str:
+    made_of = repr((tokenmill.__version__, llm.config)).encode()
+    return f"fp_{hashlib.blake2b(made_of, digest_size=5).hexdigest()}"
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
@@ -104,18 +119,19 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
 async def _serve_tenants(engine_config: EngineConfig, config: ServerConfig, listener: socket.socket) -> int:
     """Opens what the server knows of those who use it, and the port for administrators if they have their own."""
     with contextlib.ExitStack() as stack:
-        listeners = [listener]
+        admin = []
         if config.access.admin_port is not None:
-            listeners.append(stack.enter_context(_bind(dataclasses.replace(config, port=config.access.admin_port))))
+            admin.append(stack.enter_context(_bind(dataclasses.replace(config, port=config.access.admin_port))))
         async with tenants_opened(config) as tenants:
-            return await _serve(engine_config, config, listeners, tenants)
+            return await _serve(engine_config, config, listener, tenants, admin)
 
 
 async def _serve(
     engine_config: EngineConfig,
     config: ServerConfig,
-    listeners: list[socket.socket],
+    listener: socket.socket,
     tenants: Tenants | None = None,
+    more: Sequence[socket.socket] = (),
 ) -> int:
     metrics = Metrics(config.served_model_name[0])
     with _signals() as (stop, hurry):
@@ -124,8 +140,8 @@ async def _serve(
             return 0
         try:
             app = create_app(llm, config, metrics, tenants)
-            server = _Server(app, lambda: _announce(config, listeners[0]))
-            serving = asyncio.create_task(server.serve(sockets=listeners))
+            server = _Server(app, lambda: _announce(config, listener))
+            serving = asyncio.create_task(server.serve(sockets=[listener, *more]))
             await _unless(stop, asyncio.shield(serving))
             app.state.stopping = True
             await _unless(hurry, llm.drain(config.drain_timeout_s))

@@ -81,6 +81,12 @@ class Generation(Strict):
     timeout_s: Seconds | None = None
     """When the answer is of no more use: the request then ends, wherever it is."""
 
+    prompt_cache_key: str | None = None
+    """Names the conversation, for explanations of the prefix cache."""
+
+    cache_report: bool = False
+    """Tell what the prefix cache did for the prompt, and why not more."""
+
     user: str | None = None
     """Who is served: the tenant between whom `fair_share` and `round_robin` share."""
 
@@ -89,7 +95,6 @@ class Generation(Strict):
     store: Any = None
     service_tier: Any = None
     safety_identifier: Any = None
-    prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
 
     def sampling(self, **own: Any) -> SamplingParams:
