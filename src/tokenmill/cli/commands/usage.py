@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tokenmill.cli.command import Command
-from tokenmill.errors import MissingDependencyError
+from tokenmill.errors import ConfigError, MissingDependencyError
 from tokenmill.server.config import StoreConfig
 from tokenmill.types import JSON
 
@@ -37,6 +37,8 @@ def run(
     parquet: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the rows as Parquet.")] = None,
 ) -> int:
     """Show who used how many tokens, and what they cost."""
+    if sum((as_json, csv is not None, parquet is not None)) > 1:
+        raise ConfigError("invalid_option", "Choose one of --json, --csv and --parquet.", "json")
     try:
         from tokenmill.server import usage
         from tokenmill.server.store import Store
@@ -47,14 +49,17 @@ def run(
     with contextlib.closing(Store(store)) as opened:
         opened.migrate()
         found = usage.rows(opened, by, since, until)
-        if csv is not None:
-            with csv.open("w", newline="", encoding="utf-8") as file:
-                usage.write_csv(file, found)
-        elif parquet is not None:
-            usage.write_parquet(parquet, found)
-        elif as_json:
+        try:
+            if csv is not None:
+                with csv.open("w", newline="", encoding="utf-8") as file:
+                    usage.write_csv(file, found)
+            elif parquet is not None:
+                usage.write_parquet(parquet, found)
+        except OSError as error:
+            raise ConfigError("file_unwritable", f"{csv or parquet} cannot be written: {error.strerror}.") from error
+        if as_json:
             print(json.dumps(list(found)))
-        else:
+        elif csv is None and parquet is None:
             _show(found)
     return 0
 

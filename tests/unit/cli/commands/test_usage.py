@@ -65,6 +65,14 @@ def test_files(call, two_requests, tmp_path):
     assert pyarrow.parquet.read_table(tmp_path / "a.parquet")["prompt_tokens"].to_pylist() == [1500, 1500]
 
 
+def test_a_file_that_cannot_be_written_is_one_line(call, two_requests, tmp_path):
+    for flag in ("--csv", "--parquet"):
+        told = call(flag, str(tmp_path / "none" / "x"), code=2)
+        assert told.err.startswith("error[file_unwritable]")
+        assert told.err.count("\n") == 1
+    assert "Choose one" in call("--json", "--csv", str(tmp_path / "x"), code=2).err
+
+
 @pytest.mark.parametrize("words", [["--by", "user"], ["--since", "monday"], ["--until", "2025-13-01"]])
 def test_what_cannot_be_asked_is_one_line(call, words):
     told = call(*words, code=2)
