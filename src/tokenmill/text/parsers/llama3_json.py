@@ -12,7 +12,7 @@ import json
 from collections.abc import Generator
 from typing import ClassVar
 
-from tokenmill.text.dialect import Dialect, Functions, Kind, Parser, SpecialId, lark_calls
+from tokenmill.text.dialect import AddedId, Dialect, Functions, Kind, Parser, lark_calls
 from tokenmill.text.markup import Found, Reader, StreamParser, call_of, calls_in_content
 
 _KEYS = ("name", "parameters", "arguments", "type")
@@ -39,7 +39,7 @@ class Llama3Json(Dialect):
 
         return StreamParser(calls_in_content("<|python_tag|>", read, bare="{"), self.new_id)
 
-    def calls_grammar(self, functions: Functions, parallel: bool, special_id: SpecialId) -> str:
+    def calls_grammar(self, functions: Functions, parallel: bool, added_id: AddedId) -> str:
         calls = lark_calls(functions, lambda name: f'{{"name": {json.dumps(name)}, "parameters": ')
         more = ' ("; " call)*' if parallel else ""
         return f'calls: call{more}\ncall: ({calls}) "}}"\n'
