@@ -72,9 +72,8 @@ class Service:
 class Redis(Service):
     def __init__(self, folder: Path) -> None:
         port = free_port()
-        flags = {"port": port, "bind": "127.0.0.1", "dir": folder, "save": '""', "appendonly": "yes"}
-        words = [word for name, value in flags.items() for word in (f"--{name}", str(value).strip('"'))]
-        super().__init__([program("redis-server"), *words], port)
+        flags = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "", "--appendonly", "yes"]
+        super().__init__([program("redis-server"), *flags], port)
         self.url = f"redis://127.0.0.1:{port}/0"
 
 

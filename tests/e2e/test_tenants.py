@@ -1,4 +1,4 @@
-"""Keys, limits and the ledger around the real engine: caches kept apart, counters that go away, books that balance."""
+"""Keys, limits and the ledger around the real engine: caches kept apart, counters that go, books that balance."""
 
 import concurrent.futures
 import json
@@ -8,6 +8,7 @@ import sys
 import httpx2
 import openai
 import pytest
+
 from services import free_port
 
 PROMPT = "Numbers: " + " ".join(map(str, range(60)))

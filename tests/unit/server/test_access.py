@@ -4,6 +4,7 @@ import contextlib
 import itertools
 from collections.abc import AsyncIterator, Callable
 from typing import Any
+from urllib.parse import unquote
 
 import anthropic
 import httpx2
@@ -58,11 +59,11 @@ def bearer(secret: str) -> dict[str, str]:
 
 def routes(app: FastAPI) -> list[tuple[str, str]]:
     """Every method of every path, with something in place of each parameter."""
-    found = []
-    for path, operations in app.openapi()["paths"].items():
-        for method in operations:
-            found.append((method.upper(), path.replace("{", "").replace("}", "")))
-    return found
+    return [
+        (method.upper(), path.replace("{", "").replace("}", ""))
+        for path, operations in app.openapi()["paths"].items()
+        for method in operations
+    ]
 
 
 async def test_no_route_answers_without_a_key(app: FastAPI) -> None:
@@ -70,9 +71,20 @@ async def test_no_route_answers_without_a_key(app: FastAPI) -> None:
     assert len(listed) >= 10
     assert {path for _, path in listed} >= {"/v1/chat/completions", "/v1/models", "/metrics", "/admin/keys"}
     async with client_of(app) as http:
-        more = [("GET", "/openapi.json"), ("GET", "/"), ("GET", "/no/such"), ("GET", "/admin"), ("OPTIONS", "/v1/models")]
+        more = [
+            ("GET", "/openapi.json"),
+            ("GET", "/"),
+            ("GET", "/no/such"),
+            ("GET", "/admin"),
+            ("OPTIONS", "/v1/models"),
+        ]
         for method, path in listed + more:
-            for headers in ({}, bearer("none"), {"x-api-key": "tm-000000000000-" + "A" * 43}, {"authorization": "Basic x"}):
+            for headers in (
+                {},
+                bearer("none"),
+                {"x-api-key": "tm-000000000000-" + "A" * 43},
+                {"authorization": "Basic x"},
+            ):
                 answer = await http.request(method, path, headers=headers)
                 if path in OPEN:
                     assert answer.status_code == 200, path
@@ -101,7 +113,8 @@ async def test_every_route_wants_its_scope_and_no_other(app: FastAPI, make: Any)
     ("path", "scope"),
     [
         ("/livez", None), ("/livez/", "inference"), ("/livez/../admin/keys", "inference"), ("/health/x", "inference"),
-        ("/admin", "admin"), ("/admin/keys", "admin"), ("/admin/anything/new", "admin"), ("/administrator", "inference"),
+        ("/admin", "admin"), ("/admin/keys", "admin"), ("/admin/anything/new", "admin"),
+        ("/administrator", "inference"),
         ("/metrics", "metrics"), ("/metrics/", "inference"), ("/v1/models", "inference"), ("", "inference"),
         ("//admin/keys", "inference"), ("/ADMIN/keys", "inference"),
     ],
@@ -121,8 +134,6 @@ async def test_no_way_of_writing_a_path_reaches_the_keys_with_another_scope(app:
 
     async def send(message: Any) -> None:
         states.append(message.get("status"))
-
-    from urllib.parse import unquote
 
     await app(
         {"type": "http", "method": "GET", "path": unquote(path), "raw_path": path.encode(), "query_string": b"",

@@ -166,7 +166,9 @@ def test_each_key_has_a_salt_that_nobody_can_tell_from_its_id(keys):
     assert unsalted.recognize(secret).salt == ""
 
 
-@pytest.mark.parametrize("key_id", ["", "0" * 12, "../../etc/passwd", "' OR 1=1 --", "%", "\x00", "x" * 10_000, "é\ud83d"])
+@pytest.mark.parametrize(
+    "key_id", ["", "0" * 12, "../../etc/passwd", "' OR 1=1 --", "%", "\x00", "x" * 10_000, "é\ud83d"]
+)
 def test_an_id_that_is_none_is_not_found(key_id, tmp_path):
     store = Store(StoreConfig(state=str(tmp_path)))
     store.migrate()
@@ -213,8 +215,7 @@ def test_changes_by_many_at_once_are_all_seen_by_one_who_reads_what_is_new(keys,
     done = threading.Event()
 
     def make():
-        for _ in range(5):
-            secrets.append(keys.create(SPEC)[1])
+        secrets.extend(keys.create(SPEC)[1] for _ in range(5))
 
     def read():
         while not done.is_set():
@@ -250,7 +251,7 @@ def test_of_two_rotations_at_once_one_is_told_so(keys, monkeypatch):
     assert caught.value.code == "key_changed"
 
 
-def test_known_keys_stay_good_while_the_database_is_away(postgres_server, tmp_path, caplog, monkeypatch):
+def test_known_keys_stay_good_while_the_database_is_away(postgres_server, caplog, monkeypatch):
     monkeypatch.setattr("tokenmill.server.keys.REFRESH_S", 0.05)
     store = Store(StoreConfig(database=postgres_server.url))
     store.migrate()

@@ -219,7 +219,7 @@ def test_a_file_that_is_cut_short_by_a_full_disk_holds_whole_lines_only(spill):
     assert [json.loads(line)["request_id"] for line in spill.read_text().splitlines()] == [f"r-{i}" for i in range(5)]
 
 
-def test_several_servers_share_the_file_without_losing_a_line(store, spill):
+def test_several_servers_share_the_file_without_losing_a_line(spill):
     inserted, lock = [], threading.Lock()
 
     def insert(entries):

@@ -1,4 +1,4 @@
-"""Meters in memory and in a real Redis: the same arithmetic, exact under bursts, and what happens while Redis is away."""
+"""Meters in memory and in a real Redis: the same arithmetic, exact under bursts, and what happens without Redis."""
 
 import asyncio
 import collections

@@ -78,7 +78,7 @@ def test_another_kind_of_database_is_refused(url):
     assert (caught.value.code, caught.value.field) == ("invalid_option", "database")
 
 
-def test_a_database_that_is_away_is_told_without_its_password(tmp_path):
+def test_a_database_that_is_away_is_told_without_its_password():
     store = Store(StoreConfig(database="postgresql://user:secret@127.0.0.1:9/x"))
     with pytest.raises(UnavailableError) as caught:
         store.migrate()
@@ -95,9 +95,14 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
 def test_a_transaction_that_fails_leaves_nothing(tmp_path):
     store = Store(StoreConfig(state=str(tmp_path)))
     store.migrate()
-    with pytest.raises(ZeroDivisionError), store.writing() as connection:
-        connection.execute(sqlalchemy.text("INSERT INTO alembic_version VALUES ('x')"))
-        raise ZeroDivisionError
+
+    def begin_and_fail():
+        with store.writing() as connection:
+            connection.execute(sqlalchemy.text("INSERT INTO alembic_version VALUES ('x')"))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        begin_and_fail()
     with store.reading() as connection:
         found = connection.execute(sqlalchemy.text("SELECT version_num FROM alembic_version")).all()
     assert found == [("0001",)]

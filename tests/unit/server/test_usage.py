@@ -74,7 +74,8 @@ def test_by_key_with_its_name_and_owner(store: Store, key_id: str) -> None:
     }  # fmt: skip
 
 
-def test_by_model_and_by_day(store: Store, key_id: str) -> None:
+@pytest.mark.usefixtures("key_id")
+def test_by_model_and_by_day(store: Store) -> None:
     assert [(row["model"], row["requests"], row["completion_tokens"]) for row in rows(store, "model")] == [
         ("large", 3, 6), ("small", 3, 9),
     ]  # fmt: skip
@@ -83,6 +84,7 @@ def test_by_model_and_by_day(store: Store, key_id: str) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("key_id")
 @pytest.mark.parametrize(
     ("since", "until", "numbers"),
     [
@@ -90,7 +92,7 @@ def test_by_model_and_by_day(store: Store, key_id: str) -> None:
         ("2025-11-27", "2025-11-27", [3, 4]), ("2026-01-01", None, []), ("2025-11-28", "2025-11-25", []),
     ],
 )  # fmt: skip
-def test_days_from_and_to_are_both_in(store: Store, key_id: str, since: Any, until: Any, numbers: Any) -> None:
+def test_days_from_and_to_are_both_in(store: Store, since: Any, until: Any, numbers: Any) -> None:
     found = rows(store, "request", since, until)
     assert [row["request_id"] for row in found] == [f"r-{number}" for number in numbers]
 
@@ -106,7 +108,8 @@ def test_what_cannot_be_asked_is_refused_by_field(tmp_path: Any, field: str, val
     assert caught.value.field == field
 
 
-def test_csv_has_a_header_and_nothing_that_a_spreadsheet_would_compute(store: Store, key_id: str) -> None:
+@pytest.mark.usefixtures("key_id")
+def test_csv_has_a_header_and_nothing_that_a_spreadsheet_would_compute(store: Store) -> None:
     file = io.StringIO(newline="")
     assert write_csv(file, rows(store, "key")) == 2
     read = list(csv.DictReader(io.StringIO(file.getvalue())))
@@ -115,7 +118,8 @@ def test_csv_has_a_header_and_nothing_that_a_spreadsheet_would_compute(store: St
     assert write_csv(io.StringIO(), []) == 0
 
 
-def test_parquet_holds_the_same_rows(store: Store, key_id: str, tmp_path: Any) -> None:
+@pytest.mark.usefixtures("key_id")
+def test_parquet_holds_the_same_rows(store: Store, tmp_path: Any) -> None:
     file = tmp_path / "usage.parquet"
     assert write_parquet(file, rows(store, "request")) == 6
     assert pyarrow.parquet.read_table(file).to_pylist() == list(rows(store, "request"))
@@ -130,7 +134,10 @@ async def test_over_http(llm: Any, store: Store, key_id: str) -> None:
     app = create_app(llm, ServerConfig(), Metrics("scripted"), Tenants(store=store))
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://server") as http:
         answer = await http.get("/admin/usage", params={"by": "day", "since": "2025-11-27"})
-        assert [(row["day"], row["requests"]) for row in answer.json()["data"]] == [("2025-11-27", 2), ("2025-11-28", 1)]
+        assert [(row["day"], row["requests"]) for row in answer.json()["data"]] == [
+            ("2025-11-27", 2),
+            ("2025-11-28", 1),
+        ]
         assert (await http.get("/admin/usage")).json()["data"][1]["key_id"] == key_id
         for params in ({"by": "request"}, {"by": "x"}, {"since": "x"}):
             answer = await http.get("/admin/usage", params=params)

@@ -79,7 +79,8 @@ def test_the_list_shows_names_as_they_are_and_no_secret(call):
     [
         (["creat", "x"], "Did you mean 'create'"), (["create"], "needs a name"), (["revoke"], "needs the id"),
         (["revoke", "000000000000"], "error[key_not_found]"), (["rotate", "../../x"], "error[key_not_found]"),
-        (["create", "x", "--scopes", "root"], "no scope 'root'"), (["create", "x", "--concurrency", "0"], "concurrency"),
+        (["create", "x", "--scopes", "root"], "no scope 'root'"),
+        (["create", "x", "--concurrency", "0"], "concurrency"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_one_line(call, words, error):

@@ -45,19 +45,22 @@ def test_where_nothing_was_used_it_says_so(call):
     assert json.loads(call("--json").out) == []
 
 
-def test_a_table_by_model(call, two_requests):
+@pytest.mark.usefixtures("two_requests")
+def test_a_table_by_model(call):
     told = call("--by", "model").out
     assert "[b]m0" in told
     assert "1,500" in told
     assert "0.125" in told
 
 
-def test_rows_as_json_between_days(call, two_requests):
+@pytest.mark.usefixtures("two_requests")
+def test_rows_as_json_between_days(call):
     [row] = json.loads(call("--by", "day", "--since", "2025-11-25", "--json").out)
     assert (row["requests"], row["dollars"]) == (1, 0.125)
 
 
-def test_files(call, two_requests, tmp_path):
+@pytest.mark.usefixtures("two_requests")
+def test_files(call, tmp_path):
     call("--by", "request", "--csv", str(tmp_path / "a.csv"))
     call("--by", "request", "--parquet", str(tmp_path / "a.parquet"))
     with (tmp_path / "a.csv").open(newline="") as file:
@@ -65,7 +68,8 @@ def test_files(call, two_requests, tmp_path):
     assert pyarrow.parquet.read_table(tmp_path / "a.parquet")["prompt_tokens"].to_pylist() == [1500, 1500]
 
 
-def test_a_file_that_cannot_be_written_is_one_line(call, two_requests, tmp_path):
+@pytest.mark.usefixtures("two_requests")
+def test_a_file_that_cannot_be_written_is_one_line(call, tmp_path):
     for flag in ("--csv", "--parquet"):
         told = call(flag, str(tmp_path / "none" / "x"), code=2)
         assert told.err.startswith("error[file_unwritable]")
