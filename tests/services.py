@@ -6,6 +6,7 @@ import contextlib
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -63,6 +64,16 @@ class Service:
         self._process.wait(60)
         self._process = None
 
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """While it lasts the server takes connections and answers nothing."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+
     def _answers(self) -> bool:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 0.2):
             return True
@@ -101,7 +112,7 @@ class Postgres(Service):
 
     def stop(self, kill: bool = False) -> None:
         if self._process is not None and not kill:
-            self._process.send_signal(2)  # "fast": ends the sessions rather than waiting for them
+            self._process.send_signal(signal.SIGINT)  # "fast": ends the sessions rather than waiting for them
         super().stop(kill)
 
 

@@ -27,10 +27,11 @@ __all__ = ["RedisQuotas"]
 
 _logger = logging.getLogger(__name__)
 
-_TIMEOUT_S = 0.5
+_TIMEOUT_S = 2.0
+"""How long a connection, and then an answer, is waited for. A burst on a busy machine must not look like a failure."""
 _AWAY_S = 1.0
-"""How long Redis is left alone after it has failed, so that not every request waits for the time-out."""
-_CONNECTIONS = 64
+"""How long Redis is left alone after it has failed."""
+_CONNECTIONS = 8
 
 _COMMON = f"""
 local MINUTE, DAY, SLACK, LEASE_RETRY = {MINUTE_S}, {DAY_S}, {SLACK}, {LEASE_RETRY_S}
@@ -250,8 +251,11 @@ class RedisQuotas:
 
     async def _ask(self, script: Any, names: Sequence[str], arguments: Sequence[Any]) -> Any:
         """What the script says; None when Redis is away."""
-        if self._clock() < self._away_until:
-            return None
+        if self.away:
+            if self._clock() < self._away_until:
+                return None
+            # One request finds out whether Redis is back; until it knows, the others do not wait for the time-out too.
+            self._away_until = self._clock() + 2 * _TIMEOUT_S
         try:
             answer = await script(keys=names, args=arguments)
         except self._errors as error:

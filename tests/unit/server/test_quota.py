@@ -293,6 +293,25 @@ async def test_while_redis_is_away_each_server_holds_the_limits_by_itself(redis_
     await quotas.close()
 
 
+async def test_a_redis_that_hangs_holds_up_one_request_and_not_those_after_it(redis_server, monkeypatch):
+    monkeypatch.setattr("tokenmill.server.limits_redis._TIMEOUT_S", 0.2)
+    clock = Clock()
+    quotas = RedisQuotas(redis_server.url, MemoryQuotas(), clock=clock)
+    await quotas._client.flushall()
+    with redis_server.frozen():
+        assert (await quotas.reserve("k", "first", [DAILY])).ticket.shared is False
+        clock.time += 1  # now it may be asked again
+        probe = asyncio.ensure_future(quotas.reserve("k", "probe", [DAILY]))
+        await asyncio.sleep(0)
+        others = await admitted(quotas, [DAILY], 3)
+        assert not probe.done()  # nobody waited for it
+        assert [ticket.shared for ticket in others] == [False] * 3
+        assert (await probe).ticket.shared is False
+    clock.time += 1
+    assert (await quotas.reserve("k", "after", [DAILY])).ticket.shared
+    await quotas.close()
+
+
 async def test_a_redis_that_lost_everything_learns_the_scripts_again(redis_server):
     quotas = RedisQuotas(redis_server.url, MemoryQuotas())
     await quotas._client.flushall()
