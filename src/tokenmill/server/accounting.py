@@ -48,8 +48,7 @@ class Accounting(Collector):
             RequestError: ``model_not_allowed``, or as `RateLimits.admit` says.
             UnavailableError: as `RateLimits.admit` says.
         """
-        models = call.principal.models
-        if models is not None and call.model not in models:
+        if not call.principal.may_use(call.model):
             raise RequestError("model_not_allowed", f"This key may not use the model {call.model!r}.", "model")
         self._open[call.request_id] = await self._limits.admit(call)
         self._machine.enter(call.request_id)

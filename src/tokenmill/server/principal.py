@@ -49,6 +49,10 @@ class Principal:
     salt: str = ""
     """Goes before the cache salt of each request, so that nobody else hits its prefixes."""
 
+    def may_use(self, model: str) -> bool:
+        """Whether `model` is a name that it may ask for."""
+        return self.models is None or model in self.models
+
 
 ANYONE = Principal()
 

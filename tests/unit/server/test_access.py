@@ -195,6 +195,8 @@ async def test_a_key_for_one_model_may_not_use_another(llm: Any, keyring: Keyrin
             assert answer.status_code == status
             if status == 403:
                 assert answer.json()["error"]["code"] == "model_not_allowed"
+        listed = (await http.get("/v1/models", headers=bearer(secret))).json()["data"]
+        assert [model["id"] for model in listed] == ["small"]
     assert len(llm.calls) == 1
 
 
