@@ -8,10 +8,40 @@ from typing import Any
 from tokenmill.config import option
 from tokenmill.registry import Registry
 
-__all__ = ["SCORERS", "ServerConfig"]
+__all__ = ["SCORERS", "AccessConfig", "ServerConfig", "StoreConfig", "UsageConfig"]
+
 
 SCORERS: Registry[Any] = Registry("tokenmill.server.scorers", "scorers", "SCORER")
 """Ways to score how well texts match: each module defines ``SCORER``, a `server.scoring.Scorer`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreConfig:
+    """Where the server keeps what outlives it."""
+
+    state: str = option("", "folder for what the server keeps; empty is ~/.local/state/tokenmill")
+    database: str = option("", "postgresql://... for keys and usage; empty is an SQLite file in the state folder")
+
+
+@dataclasses.dataclass(frozen=True)
+class AccessConfig:
+    """Who may ask for what."""
+
+    auth: bool = option(False, "whether a key is needed; see `tokenmill keys`")
+    salt_caches: bool = option(True, "whether keys are kept from sharing cached prefixes")
+    admin_port: int | None = option(None, "port for /admin and /metrics, instead of the public one", low=1, high=65535)
+    redis: str = option("", "redis://... to count limits for several servers together; empty counts in memory")
+
+
+@dataclasses.dataclass(frozen=True)
+class UsageConfig:
+    """What is written down about requests, and what they cost."""
+
+    ledger: bool = option(True, "whether tokens, times and cost of each request are written to the database")
+    keep_usage_days: int = option(400, "usage older than so many days is deleted", low=1, high=36_500)
+    dollars_per_hour: float = option(0.0, "price of this machine, shared by the requests that are in it", low=0)
+    dollars_per_million_input: float = option(0.0, "price of prompt tokens", low=0)
+    dollars_per_million_output: float = option(0.0, "price of generated tokens", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,3 +58,6 @@ class ServerConfig:
     )
     max_body_mib: float = option(32.0, "largest request body", low=0.001)
     drain_timeout_s: float = option(30.0, "how long running requests may go on after SIGTERM", low=0)
+    store: StoreConfig = dataclasses.field(default_factory=StoreConfig)
+    access: AccessConfig = dataclasses.field(default_factory=AccessConfig)
+    usage: UsageConfig = dataclasses.field(default_factory=UsageConfig)
