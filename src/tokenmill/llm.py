@@ -12,7 +12,8 @@ import dataclasses
 import itertools
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypedDict, cast
+from pathlib import Path
+from typing import Any, TypedDict, cast
 
 import msgspec
 
@@ -23,6 +24,7 @@ from tokenmill.engine.executor import LocalExecutor, Progress
 from tokenmill.engine.messages import Refused, Step
 from tokenmill.errors import EngineError, RequestError, UnavailableError
 from tokenmill.models.folder import resolve
+from tokenmill.observer import NO_OBSERVER, Health, Observer
 from tokenmill.text.stream import TextStream
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.types import (
@@ -30,14 +32,11 @@ from tokenmill.types import (
     EngineOutput,
     EngineRequest,
     EngineStats,
+    ErrorInfo,
     FinishReason,
     RequestOutput,
-    RequestStats,
     SamplingParams,
 )
-
-if TYPE_CHECKING:
-    from tokenmill.engine.client import EngineClient
 
 __all__ = ["LLM", "NO_OBSERVER", "AsyncLLM", "Health", "Observer", "Prompt"]
 
@@ -54,44 +53,6 @@ Prompt = str | Sequence[int] | PromptDict
 
 Conversation = Sequence[Mapping[str, Any]]
 """Messages with `role` and `content`."""
-
-
-class Observer(Protocol):
-    """Hears what happens, for metrics. Called in the event loop: must return at once."""
-
-    def step(self, stats: EngineStats) -> None:
-        """The engine finished a step."""
-
-    def tokens(self, request_id: str, count: int, since_last_s: float | None) -> None:
-        """`count` tokens came, so many seconds after the ones before; None for the first of a completion."""
-
-    def finished(self, stats: RequestStats, reason: FinishReason, params: SamplingParams) -> None:
-        """A completion ended."""
-
-
-class _Silent:
-    def step(self, stats: EngineStats) -> None:
-        pass
-
-    def tokens(self, request_id: str, count: int, since_last_s: float | None) -> None:
-        pass
-
-    def finished(self, stats: RequestStats, reason: FinishReason, params: SamplingParams) -> None:
-        pass
-
-
-NO_OBSERVER: Observer = _Silent()
-
-
-@dataclasses.dataclass(frozen=True)
-class Health:
-    """Whether the engine serves, and if not, why."""
-
-    ok: bool
-    reason: str
-    last_progress_age_s: float
-    running: int
-    waiting: int
 
 
 class _Completion:
@@ -215,10 +176,10 @@ class _Call:
             self.output.stats.append(came.stats)
             observer.finished(came.stats, reason, self.params)
 
-    def emit(self, new: CompletionOutput) -> RequestOutput:
-        """What the caller sees: only the new piece, or a copy of everything so far."""
+    def emit(self, new: list[CompletionOutput]) -> RequestOutput:
+        """What the caller sees: only the new pieces, or a copy of everything so far."""
         if self._delta:
-            return msgspec.structs.replace(self.output, outputs=[new], stats=list(self.output.stats))
+            return msgspec.structs.replace(self.output, outputs=new, stats=list(self.output.stats))
         outputs = [
             msgspec.structs.replace(
                 output, token_ids=list(output.token_ids), logprobs=output.logprobs and list(output.logprobs)
@@ -226,6 +187,42 @@ class _Call:
             for output in self.output.outputs
         ]
         return msgspec.structs.replace(self.output, outputs=outputs, stats=list(self.output.stats))
+
+
+class _Mailbox:
+    """What a call has for its caller. Pieces that come faster than they are fetched become one: it cannot grow."""
+
+    def __init__(self, call: _Call) -> None:
+        self.call = call
+        self._new: dict[int, CompletionOutput] = {}
+        self._error: Exception | None = None
+        self._wake = asyncio.Event()
+
+    def put(self, new: CompletionOutput) -> None:
+        held = self._new.setdefault(new.index, new)
+        if held is not new:
+            held.text += new.text
+            held.token_ids += new.token_ids
+            if new.logprobs is not None:
+                held.logprobs = (held.logprobs or []) + new.logprobs
+            held.finish_reason, held.stop_reason, held.error = new.finish_reason, new.stop_reason, new.error
+        self._wake.set()
+
+    def fail(self, error: Exception) -> None:
+        """Ends the call, after what has come before."""
+        self._error = error
+        self._wake.set()
+
+    async def outputs(self) -> AsyncIterator[RequestOutput]:
+        """Everything to the end of the call."""
+        while not self.call.output.finished or self._new:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._new:
+                new, self._new = list(self._new.values()), {}
+                yield self.call.emit(new)
+            if self._error is not None:
+                raise self._error
 
 
 def _tokenize(tokenizer: Tokenizer, prompt: Prompt) -> tuple[str | None, list[int]]:
@@ -333,7 +330,7 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Completes one prompt and yields each piece as it comes. Closing the iterator aborts the request."""
         for call, new in self._run([self._call(prompt, sampling_params or SamplingParams())]):
-            yield call.emit(new)
+            yield call.emit([new])
 
     def _call(self, prompt: Prompt, params: SamplingParams) -> _Call:
         text, ids = _tokenize(self.tokenizer, prompt)
@@ -373,35 +370,52 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 class AsyncLLM:
-    """A model in a process of its own. Make one with `start`; it belongs to that event loop."""
+    """A model in a process of its own; belongs to one event loop.
 
-    def __init__(self, config: EngineConfig, tokenizer: Tokenizer, observer: Observer) -> None:
+    `start` makes one that serves. One that is made by hand loads nothing before `load`, and can be asked for its
+    `health` meanwhile.
+
+    Args:
+        crash_dir: folder of the reports about crashes of the engine; None writes none.
+    """
+
+    tokenizer: Tokenizer
+    """There once the model is loaded."""
+
+    def __init__(self, config: EngineConfig, observer: Observer = NO_OBSERVER, crash_dir: Path | None = None) -> None:
+        from tokenmill.engine.supervisor import Supervisor  # and with it zmq, which only this needs
+
         self.config = config
-        self.tokenizer = tokenizer
         self._observer = observer
-        self._client: EngineClient
-        self._calls: dict[str, tuple[_Call, asyncio.Queue[RequestOutput | Exception]]] = {}
+        self._engine = Supervisor(config, self._on_report, self._on_death, crash_dir)
+        self._calls: dict[str, _Mailbox] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count()
         self._draining = False
-        self._steps = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, observer: Observer = NO_OBSERVER, progress: Progress | None = None
+        cls, config: EngineConfig, observer: Observer = NO_OBSERVER, crash_dir: Path | None = None
     ) -> AsyncLLM:
         """Starts the engine process and waits until the model is loaded.
 
         Raises:
             ModelError, ConfigError, EngineError: whatever kept the engine from starting.
         """
-        from tokenmill.engine.client import EngineClient  # and with it zmq, which only this needs
-
-        llm = cls(config, Tokenizer.load(resolve(config.model.model)), observer)
-        llm._client = await EngineClient.start(config, llm._on_report, llm._on_death, progress)
+        llm = cls(config, observer, crash_dir)
+        await llm.load()
         return llm
+
+    async def load(self) -> None:
+        """Reads the tokenizer, starts the engine process and waits until the model is loaded.
+
+        Raises:
+            ModelError, ConfigError, EngineError: whatever kept the engine from starting.
+        """
+        self.tokenizer = await asyncio.to_thread(lambda: Tokenizer.load(resolve(self.config.model.model)))
+        await self._engine.start()
 
     @property
     def model_name(self) -> str:
@@ -411,7 +425,7 @@ class AsyncLLM:
     @property
     def stats(self) -> EngineStats:
         """The engine's state after its latest step."""
-        return self._client.stats
+        return self._engine.stats
 
     @property
     def max_model_len(self) -> int:
@@ -432,20 +446,20 @@ class AsyncLLM:
     ) -> AsyncIterator[RequestOutput]:
         """Completes a prompt and yields the output as it grows. Closing the iterator aborts the request.
 
+        What comes while the caller is busy is one output for it: a slow caller sees fewer, larger ones.
+
         Args:
             delta: yield only what is new each time, instead of everything so far.
-            deadline: when the answer should be complete, on the monotonic clock; for the `deadline` policy.
+            deadline: when the answer must be complete, on the monotonic clock; then it ends with the error
+                ``deadline_exceeded``.
 
         Raises:
             RequestError: the request cannot be served.
-            UnavailableError: ``shutting_down``.
+            UnavailableError: ``starting``, ``engine_restarting``, ``queue_full`` or ``shutting_down``.
             EngineError: the engine process died.
         """
         arrival = time.monotonic()
-        if self._draining:
-            raise UnavailableError("shutting_down", "The server is shutting down; send the request to another.")
-        if self._client.dead is not None:
-            raise self._client.dead
+        self.check()
         text, ids = _tokenize(self.tokenizer, prompt)
         name = request_id or f"request-{next(self._numbers)}"
         call = _Call(name, text, ids, _with_bad_words(self.tokenizer, params), self.tokenizer, delta)
@@ -453,35 +467,42 @@ class AsyncLLM:
             raise RequestError(
                 "duplicate_request_id", f"A request {taken[0]!r} is under way; use another id.", "request_id"
             )
-        queue: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
-        self._calls.update(dict.fromkeys(call.ids, (call, queue)))
+        mailbox = _Mailbox(call)
+        self._calls.update(dict.fromkeys(call.ids, mailbox))
         self._idle.clear()
         try:
             for request in call.requests(
                 arrival, priority=priority, tenant=tenant, cache_salt=cache_salt, deadline=deadline
             ):
-                await self._client.add(request)
-            while not call.output.finished or not queue.empty():
-                item = await queue.get()
-                if isinstance(item, Exception):
-                    raise item
-                yield item
+                await self._engine.add(request)
+            async for output in mailbox.outputs():
+                yield output
         finally:
             if not call.output.finished:
                 self._abandon(call)
 
+    def check(self) -> None:
+        """Says whether requests are taken now.
+
+        Raises:
+            UnavailableError: ``starting``, ``engine_restarting`` or ``shutting_down``.
+        """
+        if self._draining:
+            raise UnavailableError("shutting_down", "The server is shutting down; send the request to another.")
+        self._engine.check()
+
     def _abandon(self, call: _Call) -> None:
         """Aborts what is left of a call. The engine's answer still closes its books in `_on_report`."""
         known = [child for child in call.ids if child in self._calls]
-        if known and self._client.dead is None:
+        if known and self._engine.phase == "ready":
             self._spawn(known)
         else:
             self._forget(call.ids)
 
     def _spawn(self, request_ids: list[str]) -> None:
         async def abort() -> None:
-            with contextlib.suppress(EngineError):
-                await self._client.abort(request_ids)
+            with contextlib.suppress(EngineError, UnavailableError):
+                await self._engine.abort(request_ids)
 
         task = asyncio.ensure_future(abort())
         self._background.add(task)
@@ -495,73 +516,85 @@ class AsyncLLM:
 
     def _on_report(self, report: Step | Refused) -> None:
         if isinstance(report, Refused):
-            error = report.error
-            entry = self._calls.get(report.request_id)
+            mailbox = self._calls.get(report.request_id)
             self._forget([report.request_id])
-            if entry is not None:
-                entry[1].put_nowait(RequestError(error.code, error.message, error.field))
+            if mailbox is not None:
+                mailbox.fail(_refusal(report.error))
             return
         aborted = []
         now = time.monotonic()
         for came in report.outputs:
-            entry = self._calls.get(came.request_id)
-            if entry is None:
+            mailbox = self._calls.get(came.request_id)
+            if mailbox is None:
                 continue
-            call, queue = entry
-            new, abort = call.take(came, now, self._observer)
+            new, abort = mailbox.call.take(came, now, self._observer)
             if abort:
                 aborted.append(came.request_id)
             if new is not None:
-                queue.put_nowait(call.emit(new))
+                mailbox.put(new)
             if came.finish_reason is not None:
                 self._forget([came.request_id])
         if aborted:
             self._spawn(aborted)
-        if report.stats.steps > self._steps:  # an abort reports as well, but is no step
-            self._steps = report.stats.steps
-            self._observer.step(report.stats)
+        for tokens, seconds in report.steps:
+            self._observer.step(msgspec.structs.replace(report.stats, step_tokens=tokens, step_seconds=seconds))
 
-    def _on_death(self, error: EngineError) -> None:
-        for _, queue in {id(queue): (call, queue) for call, queue in self._calls.values()}.values():
-            queue.put_nowait(error)
+    def _on_death(self, error: Exception) -> None:
+        for mailbox in self._calls.values():
+            mailbox.fail(error)
         self._forget(list(self._calls))
 
     async def abort(self, request_id: str) -> None:
         """Ends a request with reason `abort`. Unknown or ended ones are ignored."""
         children = [child for child in self._calls if child == request_id or child.startswith(request_id + "/")]
         if children:
-            await self._client.abort(children)
+            await self._engine.abort(children)
 
     async def events(self, request_id: str = "") -> list[Event]:
         """The engine's decisions about one request, or all that are kept."""
-        return await self._client.events(request_id)
+        return await self._engine.events(request_id)
 
     def health(self) -> Health:
-        """Whether the engine is alive and its steps advance."""
-        stats = self.stats
-        age = time.monotonic() - stats.last_progress
-        reason = ""
-        if self._client.dead is not None:
-            reason = self._client.dead.message
-        elif self._calls and age > self.config.hang_timeout_s:
-            reason = f"No step has ended for {age:.0f} s."
-        return Health(not reason, reason, age, stats.running, stats.waiting)
+        """Whether the engine is there and its steps advance."""
+        engine, stats = self._engine, self.stats
+        hung = 0 < self.config.hang_timeout_s < engine.stalled_s
+        reason = engine.reason or (f"No step has ended for {engine.stalled_s:.0f} s." if hung else "")
+        return Health(
+            ok=engine.phase == "ready" and not hung,
+            reason=reason,
+            last_progress_age_s=time.monotonic() - stats.last_progress,
+            running=stats.running,
+            waiting=stats.waiting,
+            phase=engine.phase,
+            percent=engine.percent,
+            hung=hung,
+            full=stats.waiting >= self.config.scheduler.max_waiting,
+            restarts=engine.restarts,
+        )
+
+    def refuse(self) -> None:
+        """Takes no new requests from now on: they fail with ``shutting_down``."""
+        self._draining = True
 
     async def drain(self, timeout_s: float) -> None:
         """Refuses new requests, waits for those under way, and aborts what is left after `timeout_s` seconds."""
-        self._draining = True
+        self.refuse()
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
-            with contextlib.suppress(EngineError, TimeoutError):
-                await self._client.abort(list(self._calls))
+            with contextlib.suppress(EngineError, UnavailableError, TimeoutError):
+                await self._engine.abort(list(self._calls))
                 await asyncio.wait_for(self._idle.wait(), 1.0)
 
     async def close(self) -> None:
         """Ends the engine process. Requests still under way fail with ``shutting_down``."""
-        self._draining = True
-        error = UnavailableError("shutting_down", "The server is shutting down.")
-        for _, queue in self._calls.values():
-            queue.put_nowait(error)
-        self._forget(list(self._calls))
-        await self._client.close()
+        self.refuse()
+        self._on_death(UnavailableError("shutting_down", "The server is shutting down."))
+        await self._engine.close()
+
+
+def _refusal(error: ErrorInfo) -> RequestError | UnavailableError:
+    """Why the engine did not take a request, as it was raised there."""
+    if error.retry_after_s is None:
+        return RequestError(error.code, error.message, error.field)
+    return UnavailableError(error.code, error.message, error.field, error.retry_after_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,7 +25,13 @@ __all__ = [
     "Start",
     "Step",
     "Stop",
+    "address_in",
 ]
+
+
+def address_in(folder: Path) -> str:
+    """Where client and engine meet, in a folder that both know."""
+    return f"ipc://{folder / 'engine'}"
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
@@ -86,10 +93,14 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
-    """What a step or an abort brought."""
+    """What the latest steps and aborts brought."""
 
     outputs: list[EngineOutput]
+    """In order; what several steps brought to one request is one output."""
     stats: EngineStats
+    """After the last of them."""
+    steps: list[tuple[int, float]] = []
+    """Tokens and seconds of each step."""
 
 
 class Events(msgspec.Struct, frozen=True, tag=True):
