@@ -32,13 +32,12 @@ from tokenmill.types import (
     EngineOutput,
     EngineRequest,
     EngineStats,
-    ErrorInfo,
     FinishReason,
     RequestOutput,
     SamplingParams,
 )
 
-__all__ = ["LLM", "NO_OBSERVER", "AsyncLLM", "Health", "Observer", "Prompt"]
+__all__ = ["LLM", "NO_OBSERVER", "AsyncLLM", "Health", "Observer", "Prompt", "tokenize"]
 
 
 class PromptDict(TypedDict, total=False):
@@ -225,6 +224,15 @@ class _Mailbox:
                 raise self._error
 
 
+def tokenize(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """The token ids of a prompt.
+
+    Raises:
+        RequestError: ``invalid_prompt`` when it is none of the forms of `Prompt`.
+    """
+    return _tokenize(tokenizer, prompt)[1]
+
+
 def _tokenize(tokenizer: Tokenizer, prompt: Prompt) -> tuple[str | None, list[int]]:
     """The text, if there is one, and the token ids of a prompt."""
     if isinstance(prompt, dict):
@@ -370,10 +378,8 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 class AsyncLLM:
-    """A model in a process of its own; belongs to one event loop.
-
-    `start` makes one that serves. One that is made by hand loads nothing before `load`, and can be asked for its
-    `health` meanwhile.
+    """A model in a process of its own; belongs to one event loop. `start` makes one that serves; one that is made by
+    hand loads nothing before `load`, and can be asked for its `health` meanwhile.
 
     Args:
         crash_dir: folder of the reports about crashes of the engine; None writes none.
@@ -519,7 +525,7 @@ class AsyncLLM:
             mailbox = self._calls.get(report.request_id)
             self._forget([report.request_id])
             if mailbox is not None:
-                mailbox.fail(_refusal(report.error))
+                mailbox.fail(report.reason())
             return
         aborted = []
         now = time.monotonic()
@@ -591,10 +597,3 @@ class AsyncLLM:
         self.refuse()
         self._on_death(UnavailableError("shutting_down", "The server is shutting down."))
         await self._engine.close()
-
-
-def _refusal(error: ErrorInfo) -> RequestError | UnavailableError:
-    """Why the engine did not take a request, as it was raised there."""
-    if error.retry_after_s is None:
-        return RequestError(error.code, error.message, error.field)
-    return UnavailableError(error.code, error.message, error.field, error.retry_after_s)

@@ -9,6 +9,7 @@ import msgspec
 
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.events import Event
+from tokenmill.errors import RequestError, UnavailableError
 from tokenmill.types import EngineOutput, EngineRequest, EngineStats, ErrorInfo
 
 __all__ = [
@@ -90,6 +91,13 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
     request_id: str
     error: ErrorInfo
+
+    def reason(self) -> RequestError | UnavailableError:
+        """Why, as it was raised in the engine."""
+        error = self.error
+        if error.retry_after_s is None:
+            return RequestError(error.code, error.message, error.field)
+        return UnavailableError(error.code, error.message, error.field, error.retry_after_s)
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):

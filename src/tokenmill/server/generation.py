@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from tokenmill.errors import EngineError, RequestError, TokenmillError
 from tokenmill.server.errors import body_of, internal_error
-from tokenmill.server.schema import StreamOptions
+from tokenmill.server.schemas.request import StreamOptions
 from tokenmill.server.sse import DONE, event
 from tokenmill.types import JSON, CompletionOutput, FinishReason, RequestOutput
 
@@ -145,6 +145,11 @@ class Usage:
         return {"usage": None} if options.include_usage else {}
 
 
+def openai_failure(error: TokenmillError) -> bytes:
+    """The event that ends a stream of OpenAI's which failed."""
+    return event(body_of(error))
+
+
 class EventStream(Response):
     """Sends events while they are made. When the client goes away, the generator is closed.
 
@@ -153,22 +158,41 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], request_id: str) -> None:
+    def __init__(
+        self,
+        first: bytes,
+        rest: AsyncGenerator[bytes, None],
+        request_id: str,
+        end: bytes = DONE,
+        failure: Callable[[TokenmillError], bytes] = openai_failure,
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._first = first
         self._rest = rest
         self._request_id = request_id
+        self._end = end
+        self._failure = failure
 
     @classmethod
-    async def begin(cls, request: Request, events: AsyncGenerator[bytes, None]) -> EventStream:
+    async def begin(
+        cls,
+        request: Request,
+        events: AsyncGenerator[bytes, None],
+        end: bytes = DONE,
+        failure: Callable[[TokenmillError], bytes] = openai_failure,
+    ) -> EventStream:
         """Waits for the first event.
+
+        Args:
+            end: sent when all events were.
+            failure: the events that tell of an error in mid-stream; nothing follows them.
 
         Raises:
             TokenmillError: whatever `events` raises before its first one.
         """
         first = await until_disconnect(request.receive, anext(events))
-        return cls(first, events, request.state.request_id)
+        return cls(first, events, request.state.request_id, end, failure)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with contextlib.aclosing(self._rest):
@@ -184,10 +208,10 @@ class EventStream(Response):
         try:
             async for data in self._rest:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
-            end = DONE
+            end = self._end
         except TokenmillError as error:
-            end = event(body_of(error))
+            end = self._failure(error)
         except Exception:
             _logger.exception("request %s failed in mid-stream", self._request_id)
-            end = event(body_of(internal_error(self._request_id)))
+            end = self._failure(internal_error(self._request_id))
         await send({"type": "http.response.body", "body": end})

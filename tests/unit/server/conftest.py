@@ -47,6 +47,7 @@ class Call:
     cache_salt: str
     delta: bool
     tenant: str
+    deadline: float | None
 
 
 class ScriptedLLM:
@@ -93,8 +94,9 @@ class ScriptedLLM:
         cache_salt: str = "",
         delta: bool = False,
         tenant: str = "",
+        deadline: float | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        self.calls.append(Call(prompt, params, request_id, priority, cache_salt, delta, tenant))
+        self.calls.append(Call(prompt, params, request_id, priority, cache_salt, delta, tenant, deadline))
         if self.refusal is not None:
             raise self.refusal
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt

@@ -10,16 +10,19 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tokenmill.server.call import call_of
 from tokenmill.server.generation import EventStream, Usage, check_output, last_outputs, until_disconnect
 from tokenmill.server.logprobs import chat_logprobs, prompt_logprobs
-from tokenmill.server.schema import ChatRequest, StreamOptions, parse
+from tokenmill.server.openapi import documented
+from tokenmill.server.schemas.chat import ChatRequest
+from tokenmill.server.schemas.request import StreamOptions, parse
 from tokenmill.server.service import service_of
 from tokenmill.server.sse import Framer
 from tokenmill.text.chat import encode_chat
@@ -29,12 +32,12 @@ from tokenmill.types import JSON, CompletionOutput, RequestOutput
 ROUTER = APIRouter()
 
 
-@ROUTER.post("/v1/chat/completions")
+@ROUTER.post("/v1/chat/completions", **documented(ChatRequest))
 async def chat(request: Request) -> Response:
     """Answers a conversation, at once or as a stream of events."""
     service = service_of(request)
     body = parse(ChatRequest, await request.body())
-    service.check_model(body.model)
+    model = service.check_model(body.model)
     params = body.sampling_params()
     llm = service.llm
     messages = [message.model_dump(exclude_unset=True) for message in body.messages]
@@ -44,21 +47,10 @@ async def chat(request: Request) -> Response:
         )
     )
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-    stream = bool(body.stream)
-    outputs = cast(
-        AsyncGenerator[RequestOutput, None],
-        llm.generate(
-            prompt,
-            params,
-            request_id=answer_id,
-            priority=body.priority,
-            tenant=body.user or "",
-            cache_salt=body.cache_salt,
-            delta=stream,
-        ),
-    )
-    head: JSON = {"id": answer_id, "created": int(time.time()), "model": service.model_name}
-    if stream:
+    context = {"messages": messages, "tools": body.shown_tools()}
+    outputs = service.generate(call_of(request, body, model, answer_id, prompt, params, context))
+    head: JSON = {"id": answer_id, "created": int(time.time()), "model": model}
+    if body.stream:
         framer = Framer(head | {"object": "chat.completion.chunk"})
         return await EventStream.begin(request, _events(framer, llm.tokenizer, outputs, body.usage_options))
     [output] = await until_disconnect(request.receive, last_outputs([outputs]))
