@@ -1,9 +1,11 @@
 """What steps brought, on its way to the client: gathered, so that fast steps do not drown the process that serves HTTP.
 
 Everything behind the engine costs per delivery, not per token: a message, a wake-up, a chunk of a stream, a write to a
-socket. A small model makes thousands of tokens a second for dozens of streams; handed over one by one they would take
-a processor that the engine needs. So the number of deliveries a second is bounded, and the tokens that fall into one
-travel together. Reports of steps that take longer than the interval leave at once.
+socket, together some 80 microseconds of a processor. A small model makes thousands of tokens a second for dozens of
+streams; handed over one by one they would take the processor from the engine. So the number of deliveries a second is
+bounded, to a twentieth of the machine, and the tokens that fall into one travel together: with two cores and 64 streams
+a stream gets its text 16 times a second. A report that is late by then leaves at once, so larger models, whose steps
+take longer, and single streams see no difference.
 """
 
 from __future__ import annotations
@@ -15,14 +17,19 @@ from tokenmill.types import Clock, EngineOutput, EngineStats
 
 __all__ = ["Outbox"]
 
-_DELIVERIES_PER_S = 2000.0
+_DELIVERIES_PER_CORE_S = 500.0
 
 
 class Outbox:
-    """Gathers the outputs of steps into reports."""
+    """Gathers the outputs of steps into reports.
 
-    def __init__(self, clock: Clock) -> None:
+    Args:
+        cores: of the machine, which engine and client share.
+    """
+
+    def __init__(self, clock: Clock, cores: int) -> None:
         self._clock = clock
+        self._interval = 1 / (_DELIVERIES_PER_CORE_S * cores)
         self._outputs: list[EngineOutput] = []
         self._place: dict[str, int] = {}
         self._steps: list[tuple[int, float]] = []
@@ -64,7 +71,7 @@ class Outbox:
         """
         report = Step(self._outputs, stats, self._steps)
         self._outputs, self._place, self._steps, self._changed = [], {}, [], False
-        self._due = self._clock() + len(report.outputs) / _DELIVERIES_PER_S
+        self._due = self._clock() + len(report.outputs) * self._interval
         return report
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import zmq
 
+from tokenmill.device import machine
 from tokenmill.engine import messages
 from tokenmill.engine.admission import Admission
 from tokenmill.engine.crash import STACKS
@@ -41,7 +42,7 @@ class _Loop:
         self._folder = folder
         self._parent = os.getppid()
         self._open = True
-        self._outbox = Outbox(time.monotonic)
+        self._outbox = Outbox(time.monotonic, machine().cores)
 
     def run(self) -> None:
         start = messages.decode_command(self._socket.recv())

@@ -16,7 +16,7 @@ def output(name: str, *tokens: int, end: FinishReason | None = None, **fields) -
 
 def test_the_first_report_leaves_at_once_and_the_next_when_its_time_has_come():
     clock = FakeClock()
-    outbox = Outbox(clock)
+    outbox = Outbox(clock, cores=2)
     assert not outbox.due(idle=False)
     outbox.put([output("a", 1), output("b", 2)], (2, 0.1))
     assert outbox.due(idle=False)
@@ -28,7 +28,7 @@ def test_the_first_report_leaves_at_once_and_the_next_when_its_time_has_come():
 
 
 def test_nothing_is_held_back_when_the_engine_is_idle():
-    outbox = Outbox(FakeClock())
+    outbox = Outbox(FakeClock(), cores=2)
     outbox.put([output("a", 1)], (1, 0.1))
     outbox.take(STATS)
     outbox.put([output("a", 2, end=FinishReason.LENGTH)], (1, 0.2))
@@ -40,7 +40,7 @@ def test_nothing_is_held_back_when_the_engine_is_idle():
 
 
 def test_an_id_that_comes_again_is_another_request():
-    outbox = Outbox(FakeClock())
+    outbox = Outbox(FakeClock(), cores=2)
     outbox.put([output("a", 1, end=FinishReason.ABORT)])
     outbox.put([output("a", 2)], (1, 0.1))
     report = outbox.take(STATS)
@@ -49,7 +49,7 @@ def test_an_id_that_comes_again_is_another_request():
 
 
 def test_what_belongs_to_the_tokens_goes_with_them():
-    outbox = Outbox(FakeClock())
+    outbox = Outbox(FakeClock(), cores=2)
     first, second = (TokenLogprobs([token], [-1.0], 1) for token in (1, 2))
     scores = [None, TokenLogprobs([7], [-2.0], 1)]
     outbox.put([output("a", 1, logprobs=[first], prompt_logprobs=scores, cached_tokens=3)])
@@ -64,7 +64,7 @@ def test_what_belongs_to_the_tokens_goes_with_them():
 @given(st.lists(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 9)), max_size=4), max_size=20))
 def test_whatever_the_reports_the_tokens_of_each_request_arrive_in_order(steps):
     clock = FakeClock()
-    outbox = Outbox(clock)
+    outbox = Outbox(clock, cores=2)
     sent: dict[str, list[int]] = {}
     came: dict[str, list[int]] = {}
     for step in steps:
