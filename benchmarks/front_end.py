@@ -5,6 +5,8 @@
 The server and the library stay loaded in processes of their own and take turns; the ratio of each turn is
 generated tokens a second behind HTTP over those of `LLM.generate`. Requests are streamed. The client reads every 20 ms
 and looks at nothing but the end of each answer: a real one runs on another machine and takes nothing of this one.
+`front_end_share` is the part of the server's processor time that is not the engine's, which other work on the machine
+does not change.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
+import psutil
 from common import model_folder, save, spread, token_ids
 
 from tokenmill.config import build
@@ -50,16 +53,22 @@ def library(pipe: Connection, model: str, seqs: int, tokens: int) -> None:
 
 
 @contextmanager
-def server(model: str, seqs: int) -> Iterator[tuple[str, int]]:
-    """A server as a user starts it; yields host and port."""
+def server(model: str, seqs: int) -> Iterator[tuple[tuple[str, int], psutil.Process]]:
+    """A server as a user starts it; yields its host and port, and its process."""
     command = [sys.executable, "-m", "tokenmill", "serve", model, "--port", "0", "--max-num-seqs", str(seqs)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
         host, port = re.search(r"http://(.+):(\d+)", line).groups()
         try:
-            yield host, int(port)
+            yield (host, int(port)), psutil.Process(process.pid)
         finally:
             process.terminate()
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    """Processor time that it has used."""
+    times = process.cpu_times()
+    return times.user + times.system
 
 
 class Stream:
@@ -134,16 +143,21 @@ def main() -> None:
     theirs.close()  # so that its death is noticed
     ours.recv()
     turns = []
-    with server(model, args.seqs) as address:
+    with server(model, args.seqs) as (address, front_end):
+        [engine] = front_end.children()
         for repeat in range(args.repeats + 1):
             ours.send(work)
             tokens, seconds = ours.recv()
+            before = cpu_seconds(front_end), cpu_seconds(engine)
             http = over_http(address, work, args.tokens, args.concurrency)
+            used = cpu_seconds(front_end) - before[0], cpu_seconds(engine) - before[1]
             if http["tokens"] != tokens:
                 raise RuntimeError(f"HTTP brought {http['tokens']} tokens and the library {tokens}")
             turn = {
                 "library_tokens_s": tokens / seconds,
                 "http_tokens_s": http["tokens"] / http["seconds"],
+                "front_end_share": used[0] / sum(used),
+                "front_end_us_per_token": 1e6 * used[0] / tokens,
                 "tokens_per_chunk": http["tokens"] / http["chunks"],
                 "bytes_per_token": http["bytes"] / http["tokens"],
             }
