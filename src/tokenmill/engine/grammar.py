@@ -90,8 +90,12 @@ class Backend(Protocol):
 def refused(structured: StructuredOutput, reason: str) -> RequestError:
     """The error for a grammar that cannot be served: ``unsupported_schema`` or ``invalid_grammar``."""
     code = "unsupported_schema" if structured.json_schema is not None else "invalid_grammar"
-    reason = reason.strip().rstrip(".")
-    return RequestError(code, f"{structured.kind} cannot be followed: {reason[:1000]}.", structured.kind)
+    # A line may repeat the whole of what was sent.
+    lines = [line if len(line) <= 160 else f"{line[:80]} ... {line[-80:]}" for line in reason.splitlines()[:12]]
+    reason = "\n".join(lines).strip().rstrip(".")
+    return RequestError(
+        code, f"{structured.kind} cannot be followed. {reason[:1].upper()}{reason[1:]}.", structured.kind
+    )
 
 
 class Grammars:
