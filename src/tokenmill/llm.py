@@ -40,7 +40,7 @@ from tokenmill.types import (
 if TYPE_CHECKING:
     from tokenmill.engine.client import EngineClient
 
-__all__ = ["LLM", "NO_OBSERVER", "AsyncLLM", "Health", "Observer", "Prompt"]
+__all__ = ["LLM", "NO_OBSERVER", "AsyncLLM", "Health", "Observer", "Prompt", "tokenize"]
 
 
 class PromptDict(TypedDict, total=False):
@@ -227,6 +227,15 @@ class _Call:
             for output in self.output.outputs
         ]
         return msgspec.structs.replace(self.output, outputs=outputs, stats=list(self.output.stats))
+
+
+def tokenize(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """The token ids of a prompt.
+
+    Raises:
+        RequestError: ``invalid_prompt`` when it is none of the forms of `Prompt`.
+    """
+    return _tokenize(tokenizer, prompt)[1]
 
 
 def _tokenize(tokenizer: Tokenizer, prompt: Prompt) -> tuple[str | None, list[int]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import signal
 import socket
 import time
@@ -17,16 +19,20 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+import tokenmill
 from tokenmill.engine.config import EngineConfig
 from tokenmill.errors import ConfigError, RequestError, TokenmillError
 from tokenmill.llm import AsyncLLM
 from tokenmill.registry import Registry
 from tokenmill.server.config import ServerConfig
+from tokenmill.server.conversations import Conversations
 from tokenmill.server.errors import response_of
 from tokenmill.server.metrics import Metrics
 from tokenmill.server.middleware.body_limit import BodyLimit
 from tokenmill.server.middleware.request_id import RequestId
+from tokenmill.server.openapi import describe
 from tokenmill.server.service import Service
+from tokenmill.text.dialect import choose
 
 __all__ = ["create_app", "serve"]
 
@@ -39,8 +45,17 @@ _FLUSH_S = 5.0
 
 def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics) -> FastAPI:
     """The ASGI app. ``app.state.stopping`` is set once the server shuts down."""
-    app = FastAPI(title="tokenmill", openapi_url=None)
-    app.state.service = Service(llm, metrics, config.served_model_name or llm.model_name, int(time.time()))
+    app = FastAPI(title="tokenmill", version=tokenmill.__version__, docs_url=None, redoc_url=None)
+    app.openapi = functools.partial(describe, app)  # type: ignore[method-assign]
+    app.state.service = Service(
+        llm,
+        metrics,
+        names=config.served_model_name or (llm.model_name,),
+        created=int(time.time()),
+        fingerprint=_fingerprint(llm),
+        interceptors=(Conversations(llm.tokenizer),),
+        dialects=choose(llm.tokenizer.chat_template, config.tool_parser, config.reasoning_parser),
+    )
     app.state.stopping = False
     for name in ROUTES.names():
         app.include_router(ROUTES.get(name))
@@ -51,16 +66,22 @@ def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics) -> FastAPI
     return app
 
 
-async def _on_error(request: Request, error: Exception) -> Response:  # noqa: ARG001  # Starlette's signature
+def _fingerprint(llm: AsyncLLM) -> str:
+    made_of = repr((tokenmill.__version__, llm.config)).encode()
+    return f"fp_{hashlib.blake2b(made_of, digest_size=5).hexdigest()}"
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, TokenmillError)
-    return response_of(error)
+    return response_of(error, request.url.path)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     """What the framework itself refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    response = response_of(RequestError(code, f"{request.method} {request.url.path}: {error.detail}."))
+    path = request.url.path
+    response = response_of(RequestError(code, f"{request.method} {path}: {error.detail}."), path)
     response.headers.update(error.headers or {})
     return response
 
@@ -78,14 +99,14 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
         ConfigError: ``address_unavailable``, before the model is loaded.
         ModelError: from loading the model.
     """
-    name = server_config.served_model_name or engine_config.model.model
-    config = dataclasses.replace(server_config, served_model_name=name)
+    names = server_config.served_model_name or (engine_config.model.model,)
+    config = dataclasses.replace(server_config, served_model_name=names)
     with _bind(config) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_serve(engine_config, config, listener))
 
 
 async def _serve(engine_config: EngineConfig, config: ServerConfig, listener: socket.socket) -> int:
-    metrics = Metrics(config.served_model_name)
+    metrics = Metrics(config.served_model_name[0])
     with _signals() as (stop, hurry):
         llm = await _unless(stop, AsyncLLM.start(engine_config, metrics))
         if llm is None:
@@ -145,7 +166,7 @@ class _Server(uvicorn.Server):
 def _announce(config: ServerConfig, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    print(f"Serving {config.served_model_name} on http://{shown}:{port}", flush=True)
+    print(f"Serving {config.served_model_name[0]} on http://{shown}:{port}", flush=True)
 
 
 def _bind(config: ServerConfig) -> socket.socket:

@@ -15,6 +15,8 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0 takes a free one", low=0, high=65535)
-    served_model_name: str = option("", "name of the model in the API; empty takes the model's own")
+    served_model_name: tuple[str, ...] = option((), "names of the model in the API; none takes the model's own")
+    tool_parser: str = option("auto", "how the model writes tool calls: auto, none, or a name from docs/tools.md")
+    reasoning_parser: str = option("auto", "how the model writes its thoughts: auto, none, or a name")
     max_body_mib: float = option(32.0, "largest request body", low=0.001)
     drain_timeout_s: float = option(30.0, "how long running requests may go on after SIGTERM", low=0)

@@ -1,6 +1,6 @@
-"""Errors as HTTP answers in OpenAI's form.
+"""Errors as HTTP answers: in OpenAI's form, or in Anthropic's on its own paths.
 
-Source: https://platform.openai.com/docs/guides/error-codes
+Source: https://platform.openai.com/docs/guides/error-codes, https://docs.anthropic.com/en/api/errors
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from starlette.responses import Response
 from tokenmill.errors import EngineError, RequestError, TokenmillError, UnavailableError
 from tokenmill.types import JSON
 
-__all__ = ["body_of", "internal_error", "response_of", "status_of"]
+__all__ = ["anthropic_body_of", "body_of", "internal_error", "response_of", "status_of"]
 
 _STATUS = {
     "model_not_found": 404,
@@ -20,6 +20,9 @@ _STATUS = {
     "body_too_large": 413,
     "client_gone": 499,
     "queue_full": 429,
+    "invalid_api_key": 401,
+    "insufficient_scope": 403,
+    "rate_limit_exceeded": 429,
 }
 """Codes whose status is not that of their class."""
 
@@ -47,11 +50,29 @@ def body_of(error: TokenmillError) -> JSON:
     return {"error": {"message": error.message, "type": kind, "param": error.field, "code": error.code}}
 
 
-def response_of(error: TokenmillError) -> Response:
-    """The answer to a request that failed before anything was sent."""
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_body_of(error: TokenmillError) -> JSON:
+    """``{"type": "error", "error": {"type", "message"}}``; our own code stands beside them."""
+    status = status_of(error)
+    kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message, "code": error.code}}
+
+
+def response_of(error: TokenmillError, path: str) -> Response:
+    """The answer to a request to `path` that failed before anything was sent."""
     status = status_of(error)
     headers = {"retry-after": str(_RETRY_AFTER_S)} if status in (429, 503) else None
-    return Response(msgspec.json.encode(body_of(error)), status, headers, "application/json")
+    body = anthropic_body_of(error) if path.startswith("/v1/messages") else body_of(error)
+    return Response(msgspec.json.encode(body), status, headers, "application/json")
 
 
 def internal_error(request_id: str) -> EngineError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from tokenmill.errors import EngineError, RequestError, TokenmillError
 from tokenmill.server.errors import body_of, internal_error
-from tokenmill.server.schema import StreamOptions
+from tokenmill.server.schemas.request import StreamOptions
 from tokenmill.server.sse import DONE, event
 from tokenmill.types import JSON, CompletionOutput, FinishReason, RequestOutput
 
@@ -116,6 +116,7 @@ class Usage:
     def __init__(self) -> None:
         self._prompts: dict[int, tuple[int, int]] = {}
         self._completion_tokens = 0
+        self._reasoning_tokens = 0
 
     def add(self, prompt: int, output: RequestOutput, generated: bool = True) -> None:
         """Counts one output.
@@ -128,6 +129,10 @@ class Usage:
         if generated:
             self._completion_tokens += sum(len(completion.token_ids) for completion in output.outputs)
 
+    def reasoning(self, tokens: int) -> None:
+        """Counts tokens, already counted as generated, that are no part of the answer proper."""
+        self._reasoning_tokens += tokens
+
     def to_json(self) -> JSON:
         """OpenAI's ``usage``."""
         prompt_tokens = sum(tokens for tokens, _ in self._prompts.values())
@@ -136,6 +141,7 @@ class Usage:
             "completion_tokens": self._completion_tokens,
             "total_tokens": prompt_tokens + self._completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(cached for _, cached in self._prompts.values())},
+            "completion_tokens_details": {"reasoning_tokens": self._reasoning_tokens},
         }
 
     def of_chunk(self, options: StreamOptions) -> JSON:
@@ -143,6 +149,11 @@ class Usage:
         if options.continuous_usage_stats:
             return {"usage": self.to_json()}
         return {"usage": None} if options.include_usage else {}
+
+
+def openai_failure(error: TokenmillError) -> bytes:
+    """The event that ends a stream of OpenAI's which failed."""
+    return event(body_of(error))
 
 
 class EventStream(Response):
@@ -153,22 +164,41 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], request_id: str) -> None:
+    def __init__(
+        self,
+        first: bytes,
+        rest: AsyncGenerator[bytes, None],
+        request_id: str,
+        end: bytes = DONE,
+        failure: Callable[[TokenmillError], bytes] = openai_failure,
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._first = first
         self._rest = rest
         self._request_id = request_id
+        self._end = end
+        self._failure = failure
 
     @classmethod
-    async def begin(cls, request: Request, events: AsyncGenerator[bytes, None]) -> EventStream:
+    async def begin(
+        cls,
+        request: Request,
+        events: AsyncGenerator[bytes, None],
+        end: bytes = DONE,
+        failure: Callable[[TokenmillError], bytes] = openai_failure,
+    ) -> EventStream:
         """Waits for the first event.
+
+        Args:
+            end: sent when all events were.
+            failure: the events that tell of an error in mid-stream; nothing follows them.
 
         Raises:
             TokenmillError: whatever `events` raises before its first one.
         """
         first = await until_disconnect(request.receive, anext(events))
-        return cls(first, events, request.state.request_id)
+        return cls(first, events, request.state.request_id, end, failure)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with contextlib.aclosing(self._rest):
@@ -184,10 +214,10 @@ class EventStream(Response):
         try:
             async for data in self._rest:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
-            end = DONE
+            end = self._end
         except TokenmillError as error:
-            end = event(body_of(error))
+            end = self._failure(error)
         except Exception:
             _logger.exception("request %s failed in mid-stream", self._request_id)
-            end = event(body_of(internal_error(self._request_id)))
+            end = self._failure(internal_error(self._request_id))
         await send({"type": "http.response.body", "body": end})

@@ -1,17 +1,27 @@
-"""What every route works with."""
+"""What every route works with: the parts of the server, and the one way from a route to the engine."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
+import time
+from collections.abc import AsyncGenerator
 from typing import cast
 
 from starlette.requests import Request
 
-from tokenmill.errors import RequestError
-from tokenmill.llm import AsyncLLM
+from tokenmill.errors import RequestError, TokenmillError
+from tokenmill.llm import AsyncLLM, tokenize
+from tokenmill.server.call import Call, Interceptor, Tally
 from tokenmill.server.metrics import Metrics
+from tokenmill.text.dialect import Chain
+from tokenmill.types import RequestOutput
 
 __all__ = ["Service", "service_of"]
+
+_LONG_PROMPT = 4096
+"""Characters beyond which a prompt is turned into tokens on a thread: the event loop serves others meanwhile."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,21 +30,78 @@ class Service:
 
     llm: AsyncLLM
     metrics: Metrics
-    model_name: str
-    """Name of the model in the API."""
+    names: tuple[str, ...]
+    """Names of the model in the API; the first one is its own."""
     created: int
     """When the server started, in seconds since 1970."""
+    fingerprint: str = ""
+    """Changes when the same request with the same seed may be answered otherwise: OpenAI's ``system_fingerprint``."""
+    dialects: Chain = dataclasses.field(default_factory=Chain)
+    """How the model writes thoughts and tool calls."""
+    interceptors: tuple[Interceptor, ...] = ()
 
-    def check_model(self, name: str | None) -> None:
-        """Refuses requests for a model that is not here. No name means the one there is.
+    @property
+    def model_name(self) -> str:
+        """The model's own name in the API."""
+        return self.names[0]
+
+    def check_model(self, name: str | None) -> str:
+        """The name to answer under. No name means the one there is.
 
         Raises:
             RequestError: ``model_not_found``.
         """
-        if name is not None and name != self.model_name:
-            raise RequestError(
-                "model_not_found", f"There is no model {name!r}; this server has {self.model_name!r}.", "model"
+        if name is None:
+            return self.model_name
+        if name not in self.names:
+            here = " or ".join(map(repr, self.names))
+            raise RequestError("model_not_found", f"There is no model {name!r}; this server has {here}.", "model")
+        return name
+
+    async def generate(self, call: Call) -> AsyncGenerator[RequestOutput, None]:
+        """Completes the prompt of `call` and yields its outputs. Closing the generator aborts the request.
+
+        Raises:
+            TokenmillError: from an interceptor that refuses the call, or from the engine.
+        """
+        arrival = time.monotonic()
+        call.prompt_token_ids = await self._tokens(call)
+        tally = Tally(call)
+        entered: list[Interceptor] = []
+        try:
+            for interceptor in self.interceptors:
+                entered.append(interceptor)
+                await interceptor.begin(call)
+            outputs = cast(
+                AsyncGenerator[RequestOutput, None],
+                self.llm.generate(
+                    call.prompt_token_ids,
+                    call.params,
+                    request_id=call.request_id,
+                    priority=call.principal.priority + call.priority,
+                    tenant=call.principal.key_id or call.tenant,
+                    cache_salt=call.principal.salt + call.cache_salt,
+                    deadline=None if call.timeout_s is None else arrival + call.timeout_s,
+                    delta=call.delta,
+                ),
             )
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    tally.add(output)
+                    yield output
+        except TokenmillError as error:
+            tally.error_code = error.code
+            raise
+        finally:
+            outcome = tally.outcome(time.monotonic() - arrival)
+            for interceptor in reversed(entered):
+                interceptor.end(call, outcome)
+
+    async def _tokens(self, call: Call) -> list[int]:
+        prompt = call.prompt
+        if isinstance(prompt, str) and len(prompt) > _LONG_PROMPT:
+            return await asyncio.to_thread(tokenize, self.llm.tokenizer, prompt)
+        return tokenize(self.llm.tokenizer, prompt)
 
 
 def service_of(request: Request) -> Service:

@@ -114,6 +114,11 @@ class Tokenizer:
         """Whether the token controls the model and is no text."""
         return token_id in self._special_ids
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token with this text, None when there is none."""
+        token_id: int | None = self._backend.token_to_id(text)
+        return token_id if token_id in self._special_ids else None
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that the token adds to a text; empty for an id that is no token."""
         data = self._bytes.get(token_id)

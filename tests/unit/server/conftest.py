@@ -14,6 +14,7 @@ import tokenizers
 from fastapi import FastAPI
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from tokenmill.engine.config import EngineConfig
 from tokenmill.llm import Health
 from tokenmill.server.app import _bind, _Server, create_app
 from tokenmill.server.config import ServerConfig
@@ -47,12 +48,14 @@ class Call:
     cache_salt: str
     delta: bool
     tenant: str
+    deadline: float | None
 
 
 class ScriptedLLM:
     """Stands for `AsyncLLM`: answers every prompt with `pieces`, one token sequence per piece, in every completion."""
 
     model_name = "scripted"
+    config = EngineConfig()
     max_model_len = 2048
 
     def __init__(self, tokenizer: Tokenizer, stats: EngineStats) -> None:
@@ -93,8 +96,9 @@ class ScriptedLLM:
         cache_salt: str = "",
         delta: bool = False,
         tenant: str = "",
+        deadline: float | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        self.calls.append(Call(prompt, params, request_id, priority, cache_salt, delta, tenant))
+        self.calls.append(Call(prompt, params, request_id, priority, cache_salt, delta, tenant, deadline))
         if self.refusal is not None:
             raise self.refusal
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt

@@ -65,7 +65,7 @@ def test_status_and_body(error: Any, status: int, kind: str) -> None:
         (CHAT, {"temprature": 1}, "unknown_parameter", "temprature"),
         (CHAT, {"no-such": 1}, "unknown_parameter", "no-such"),
         (CHAT, {"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
-        (CHAT, {"tool_choice": "required"}, "unsupported_parameter", "tool_choice"),
+        (CHAT, {"tool_choice": "required"}, "invalid_parameter", "tool_choice"),
         (CHAT, {"functions": []}, "unsupported_parameter", "functions"),
         (CHAT, {"modalities": ["text", "audio"]}, "unsupported_parameter", "modalities"),
         (CHAT, {"chat_template_kwargs": {"messages": []}}, "invalid_parameter", "chat_template_kwargs"),

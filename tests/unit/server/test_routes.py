@@ -24,12 +24,15 @@ async def test_models(client: openai.AsyncOpenAI) -> None:
     assert caught.value.code == "model_not_found"
 
 
-async def test_served_name_may_hold_slashes(llm: Any) -> None:
-    app = create_app(llm, ServerConfig(served_model_name="org/name"), Metrics("x"))
+async def test_a_model_has_several_names_and_they_may_hold_slashes(llm: Any) -> None:
+    app = create_app(llm, ServerConfig(served_model_name=("org/name", "short")), Metrics("x"))
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app), base_url="http://server") as http:
         assert (await http.get("/v1/models/org/name")).json()["id"] == "org/name"
         answer = await http.post("/v1/completions", json={"prompt": "a", "model": "org/name"})
         assert answer.json()["model"] == "org/name"
+        answer = await http.post("/v1/completions", json={"prompt": "a", "model": "short"})
+        assert answer.json()["model"] == "short"
+        assert [card["id"] for card in (await http.get("/v1/models")).json()["data"]] == ["org/name", "short"]
         answer = await http.post("/v1/completions", json={"prompt": "a", "model": "scripted"})
         assert answer.status_code == 404
 

@@ -14,7 +14,7 @@ from tokenmill.errors import ConfigError
 from tokenmill.server import app as server_app
 from tokenmill.server.config import ServerConfig
 
-CONFIG = ServerConfig(port=0, served_model_name="scripted")
+CONFIG = ServerConfig(port=0, served_model_name=("scripted",))
 
 
 class Started:

@@ -37,7 +37,7 @@ class BodyLimit:
             complete = not message.get("more_body", False)
         if len(body) > self._limit or (announced.isdecimal() and int(announced) > self._limit):
             refusal = RequestError("body_too_large", f"The body is larger than {self._limit} bytes.")
-            await response_of(refusal)(scope, receive, send)
+            await response_of(refusal, scope["path"])(scope, receive, send)
             return
 
         replayed = False

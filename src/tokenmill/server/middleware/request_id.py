@@ -19,6 +19,8 @@ _logger = logging.getLogger(__name__)
 class RequestId:
     """Echoes the caller's ``x-request-id`` or makes one; it is in ``request.state.request_id`` and in every answer.
 
+    What is put into ``request.state.headers`` until the answer begins goes out with it.
+
     An exception that nobody expected is logged with the id and answered with ``internal_error``; if the answer has
     begun, the connection is closed so that the client cannot take it for complete.
     """
@@ -32,14 +34,15 @@ class RequestId:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if 0 < len(given) <= _LONGEST and given.isprintable() else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        headers: dict[str, str] = {}
+        scope.setdefault("state", {}).update(request_id=request_id, headers=headers)
         begun = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                MutableHeaders(scope=message).update({"x-request-id": request_id, **headers})
             await send(message)
 
         try:
@@ -48,4 +51,4 @@ class RequestId:
             _logger.exception("request %s failed", request_id)
             if begun:
                 raise
-            await response_of(internal_error(request_id))(scope, receive, send_with_id)
+            await response_of(internal_error(request_id), scope["path"])(scope, receive, send_with_id)

@@ -9,16 +9,18 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from typing import cast
 
 import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tokenmill.server.call import call_of
 from tokenmill.server.generation import EventStream, Usage, check_output, last_outputs, merge, until_disconnect
 from tokenmill.server.logprobs import completion_logprobs, prompt_logprobs
-from tokenmill.server.schema import CompletionRequest, parse
+from tokenmill.server.openapi import documented
+from tokenmill.server.schemas.completions import CompletionRequest
+from tokenmill.server.schemas.request import parse
 from tokenmill.server.service import service_of
 from tokenmill.server.sse import Framer
 from tokenmill.text.tokenizer import Tokenizer
@@ -27,28 +29,16 @@ from tokenmill.types import JSON, CompletionOutput, RequestOutput, TokenLogprobs
 ROUTER = APIRouter()
 
 
-@ROUTER.post("/v1/completions")
+@ROUTER.post("/v1/completions", **documented(CompletionRequest))
 async def completions(request: Request) -> Response:
     """Continues one or several prompts, at once or as a stream of events."""
     service = service_of(request)
     body = parse(CompletionRequest, await request.body())
-    service.check_model(body.model)
+    model = service.check_model(body.model)
     params = body.sampling_params()
     answer_id = f"cmpl-{uuid.uuid4().hex}"
-    stream = bool(body.stream)
     streams = [
-        cast(
-            AsyncGenerator[RequestOutput, None],
-            service.llm.generate(
-                prompt,
-                params,
-                request_id=f"{answer_id}-{number}",
-                priority=body.priority,
-                tenant=body.user or "",
-                cache_salt=body.cache_salt,
-                delta=stream,
-            ),
-        )
+        service.generate(call_of(request, body, model, f"{answer_id}-{number}", prompt, params))
         for number, prompt in enumerate(body.prompts())
     ]
     writer = _Writer(service.llm.tokenizer, body, params.n)
@@ -56,9 +46,10 @@ async def completions(request: Request) -> Response:
         "id": answer_id,
         "object": "text_completion",
         "created": int(time.time()),
-        "model": service.model_name,
+        "model": model,
+        "system_fingerprint": service.fingerprint,
     }
-    if stream:
+    if body.stream:
         return await EventStream.begin(request, writer.events(Framer(head), streams))
     outputs = await until_disconnect(request.receive, last_outputs(streams))
     return Response(msgspec.json.encode(head | writer.answer(outputs)), media_type="application/json")
@@ -110,7 +101,7 @@ class _Writer:
         if self._body.only_echo:
             text, token_ids, logprobs = "", [], None if logprobs is None else []
         if self._body.echo and index not in self._offsets:
-            text = self._prompt_text(output) + text
+            text = self._prompt_text(number, output) + text
             if logprobs is not None:
                 token_ids = [*output.prompt_token_ids, *token_ids]
                 logprobs = [*(output.prompt_logprobs or [None] * len(output.prompt_token_ids)), *logprobs]
@@ -122,9 +113,10 @@ class _Writer:
             "stop_reason": completion.stop_reason,
         }
 
-    def _prompt_text(self, output: RequestOutput) -> str:
-        if output.prompt is not None:
-            return output.prompt
+    def _prompt_text(self, number: int, output: RequestOutput) -> str:
+        prompt = self._body.prompts()[number]
+        if isinstance(prompt, str):
+            return prompt
         return self._tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
 
     def _logprobs(

@@ -6,12 +6,13 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from tokenmill.server.openapi import documented
 from tokenmill.server.service import service_of
 
 ROUTER = APIRouter()
 
 
-@ROUTER.get("/health")
+@ROUTER.get("/health", **documented(None, 503))
 async def health(request: Request) -> JSONResponse:
     """200 while the engine makes progress or has nothing to do; 503 when it is dead, stuck, or shutting down."""
     state = service_of(request).llm.health()

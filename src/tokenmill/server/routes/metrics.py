@@ -7,12 +7,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tokenmill.server.openapi import documented
 from tokenmill.server.service import service_of
 
 ROUTER = APIRouter()
 
 
-@ROUTER.get("/metrics")
+@ROUTER.get("/metrics", **documented())
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     service = service_of(request)

@@ -5,31 +5,33 @@ from __future__ import annotations
 from fastapi import APIRouter
 from starlette.requests import Request
 
+from tokenmill.server.openapi import documented
 from tokenmill.server.service import Service, service_of
 from tokenmill.types import JSON
 
 ROUTER = APIRouter()
 
 
-@ROUTER.get("/v1/models")
+@ROUTER.get("/v1/models", **documented())
 async def models(request: Request) -> JSON:
-    """All models: one."""
-    return {"object": "list", "data": [_card(service_of(request))]}
+    """The model under each of its names."""
+    service = service_of(request)
+    return {"object": "list", "data": [_card(service, name) for name in service.names]}
 
 
-@ROUTER.get("/v1/models/{name:path}")
+@ROUTER.get("/v1/models/{name:path}", **documented(None, 404))
 async def model(request: Request, name: str) -> JSON:
     """One model; 404 ``model_not_found`` for another name."""
     service = service_of(request)
-    service.check_model(name)
-    return _card(service)
+    return _card(service, service.check_model(name))
 
 
-def _card(service: Service) -> JSON:
+def _card(service: Service, name: str) -> JSON:
     return {
-        "id": service.model_name,
+        "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "tokenmill",
+        "root": service.llm.model_name,
         "max_model_len": service.llm.max_model_len,
     }
