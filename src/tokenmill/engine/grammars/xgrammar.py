@@ -117,10 +117,12 @@ class _Matcher:
 def _check(structured: StructuredOutput) -> None:
     """Refuses a schema with anything that would not be enforced."""
     try:
-        schema = json.loads(structured.json_schema or "")
+        parts = list(_parts(json.loads(structured.json_schema or "")))
     except (ValueError, RecursionError) as error:
         raise refused(structured, str(error)) from None
-    for part in _parts(schema):
+    except (AttributeError, TypeError):
+        raise refused(structured, "properties, $defs and anyOf must hold what JSON Schema says") from None
+    for part in parts:
         keys = part.keys() - _ANNOTATIONS
         if unknown := keys - _ENFORCED:
             raise refused(structured, f"xgrammar does not enforce {', '.join(sorted(unknown))}")
