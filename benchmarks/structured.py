@@ -134,6 +134,7 @@ def cost(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
     """Output tokens per second of the same batch with and without grammars, in turns."""
     kinds: dict[str, StructuredOutput | None] = {"none": None, **STEADY}
     rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+    processor: dict[str, list[float]] = {kind: [] for kind in kinds}
     masks: dict[str, list[float]] = {kind: [] for kind in STEADY}
     prompts = [f"<{number}> " + "a short prompt " * 4 for number in range(args.rows)]
     for turn in range(args.turns + 1):
@@ -142,13 +143,14 @@ def cost(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
             params = SamplingParams(
                 structured=structured, temperature=args.temperature, seed=turn, max_tokens=LENGTH, ignore_eos=True
             )
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             outputs = llm.generate(prompts, params)
-            seconds = time.perf_counter() - began
+            seconds, work = time.perf_counter() - began, time.process_time() - worked
             tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
             assert tokens == LENGTH * args.rows
             if turn:  # the first only warms up
                 rates[kind].append(tokens / seconds)
+                processor[kind].append(work / tokens * 1e6)
                 if structured is not None:
                     masks[kind] += clocked.seconds
     return {
@@ -158,6 +160,7 @@ def cost(llm: LLM, args: argparse.Namespace) -> dict[str, Any]:
             kind: spread([with_ / without for with_, without in zip(rates[kind], rates["none"], strict=True)])
             for kind in STEADY
         },
+        "processor microseconds per token": {kind: spread(values) for kind, values in processor.items()},
         "mask microseconds per token": {kind: times(values, 1e6) for kind, values in masks.items()},
     }
 
