@@ -17,6 +17,7 @@ import msgspec
 from tokenmill.errors import RequestError
 
 __all__ = [
+    "JSON_WHITESPACE",
     "Clock",
     "CompletionOutput",
     "EngineOutput",
@@ -47,6 +48,11 @@ class FinishReason(enum.StrEnum):
     """The caller gave it up or disconnected."""
     ERROR = "error"
     """The engine failed; `ErrorInfo` says how."""
+
+
+JSON_WHITESPACE = r"\x20|\x0A(\x20{0,32}|\x09{0,8})"
+"""Between the tokens of generated JSON: what compact, spaced and indented texts have, and nothing that a model could go on
+with for ever."""
 
 
 class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

@@ -29,6 +29,7 @@ from tokenmill.text.delta import (
     gather,
 )
 from tokenmill.text.markup import Ends
+from tokenmill.types import JSON_WHITESPACE
 
 __all__ = [
     "PARSERS",
@@ -58,9 +59,6 @@ Kind = Literal["reasoning", "tools"]
 
 AddedId = Callable[[str], int | None]
 """The id of an added token by its text, None where the tokenizer has no such token (`Tokenizer.added_id`)."""
-
-_WHITESPACE = r"\x20|\x0A(\x20{0,32}|\x09{0,8})"
-"""Between the tokens of JSON: what compact, spaced and indented texts have."""
 
 Tools = Sequence[Mapping[str, Any]]
 """Functions in OpenAI's format."""
@@ -233,7 +231,7 @@ def _choose(kind: Kind, name: str, chat_template: str) -> list[Dialect]:
 
 def lark_json(schema: Mapping[str, Any]) -> str:
     """JSON of a schema in Lark, without white space that a model could go on with for ever."""
-    return "%json " + json.dumps({"x-guidance": {"whitespace_pattern": _WHITESPACE}, **schema}, ensure_ascii=False)
+    return "%json " + json.dumps({"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}, **schema}, ensure_ascii=False)
 
 
 def _args(functions: Functions) -> str:

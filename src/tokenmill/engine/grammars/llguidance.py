@@ -20,13 +20,11 @@ from numpy.typing import NDArray
 
 from tokenmill.engine.grammar import refused
 from tokenmill.errors import EngineError, RequestError
-from tokenmill.types import StructuredOutput
+from tokenmill.types import JSON_WHITESPACE, StructuredOutput
 
 __all__ = ["GRAMMAR"]
 
-_WHITESPACE = r"\x20|\x0A(\x20{0,32}|\x09{0,8})"
-"""Between the tokens of JSON: what compact, spaced and indented texts have, and nothing that a model could loop on."""
-_JSON_OPTIONS: llguidance._lib.JsonCompileOptions = {"whitespace_pattern": _WHITESPACE, "lenient": False}
+_JSON_OPTIONS: llguidance._lib.JsonCompileOptions = {"whitespace_pattern": JSON_WHITESPACE, "lenient": False}
 _MAX_ITEMS = 10_000
 """In a row of the parser. An object needs four per property that may come next; the default allows 500 of them,
 and this many take a mask of some 30 ms."""
