@@ -51,8 +51,8 @@ class FinishReason(enum.StrEnum):
 
 
 JSON_WHITESPACE = r"\x20|\x0A(\x20{0,32}|\x09{0,8})"
-"""Between the tokens of generated JSON: what compact, spaced and indented texts have, and nothing that a model could go on
-with for ever."""
+"""Between the tokens of generated JSON: what compact, spaced and indented texts have, and nothing that a model could go
+on with for ever."""
 
 
 class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
