@@ -24,7 +24,7 @@ from tokenmill.engine.config import EngineConfig
 from tokenmill.errors import ConfigError, RequestError, TokenmillError
 from tokenmill.llm import AsyncLLM
 from tokenmill.registry import Registry
-from tokenmill.server.config import ServerConfig
+from tokenmill.server.config import SCORERS, ServerConfig
 from tokenmill.server.conversations import Conversations
 from tokenmill.server.errors import response_of
 from tokenmill.server.metrics import Metrics
@@ -66,6 +66,7 @@ def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics, tenants: T
         dialects=choose(llm.tokenizer.chat_template, config.tool_parser, config.reasoning_parser),
     )
     app.state.tenants = tenants
+    app.state.scorer = SCORERS.get(config.score_by)
     app.state.stopping = False
     for name in ROUTES.names():
         app.include_router(ROUTES.get(name))
