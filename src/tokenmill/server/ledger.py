@@ -18,7 +18,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -165,8 +165,7 @@ class Ledger:
 
     def _work(self, ask: bool, enough: int) -> None:
         """One round: to the database if it may be asked, and what is more than `enough` to the file."""
-        while self._queue:
-            self._taken.append(self._queue.popleft())
+        self._take()
         try:
             if not (ask and self._to_database()) and len(self._taken) > enough:
                 self._to_file()
@@ -177,10 +176,8 @@ class Ledger:
         """Whether everything is in the database now."""
         try:
             self._store.migrate()
-            while self._taken:
-                self._insert(self._taken[:_BATCH])
-                del self._taken[:_BATCH]
-            unreadable = self._spill.drain(self._insert)
+            self._write()
+            unreadable = self._spill.drain(self._write)
             self._prune()
         except (UnavailableError, *DATABASE_ERRORS) as error:
             if not self._failures:
@@ -194,6 +191,19 @@ class Ledger:
         self._lose(unreadable)
         return True
 
+    def _take(self) -> None:
+        while self._queue:
+            self._taken.append(self._queue.popleft())
+
+    def _write(self, older: Sequence[Entry] = ()) -> None:
+        """Writes lines from the file and all that are in memory: emptying a long file must not let memory fill up."""
+        if older:
+            self._insert(older)
+            self._take()
+        while self._taken:
+            self._insert(self._taken[:_BATCH])
+            del self._taken[:_BATCH]
+
     def _to_file(self) -> None:
         try:
             self._spill.append(self._taken)
@@ -202,7 +212,7 @@ class Ledger:
         else:
             self._taken.clear()
 
-    def _insert(self, entries: Iterable[Entry]) -> None:
+    def _insert(self, entries: Sequence[Entry]) -> None:
         with self._store.writing() as connection:
             self._store.insert_new(connection, USAGE, [entry.row() for entry in entries])
 

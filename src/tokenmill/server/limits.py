@@ -85,7 +85,7 @@ class RateLimits:
     def _meters(self, call: Call) -> list[Meter]:
         limits = call.principal.limits
         prompt = len(call.prompt_token_ids)
-        longest = max(0, self._max_model_len() - prompt)
+        longest = 0 if call.pooling is not None else max(0, self._max_model_len() - prompt)
         most = call.params.n * (longest if call.params.max_tokens is None else min(call.params.max_tokens, longest))
         found = []
         if limits.requests_per_minute is not None:

@@ -15,9 +15,10 @@ from typing import Any
 
 import alembic.command
 import alembic.config
+import msgspec
 import sqlalchemy
 from sqlalchemy import BigInteger, Column, Float, Index, Integer, MetaData, String, Table, Text
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from tokenmill.errors import ConfigError, MissingDependencyError, UnavailableError
@@ -155,8 +156,13 @@ class Store:
 
     def insert_new(self, connection: sqlalchemy.Connection, table: Table, rows: list[dict[str, Any]]) -> None:
         """Inserts those rows whose primary key is not there yet."""
-        insert = postgresql.insert if self.dialect == "postgresql" else sqlite.insert
-        connection.execute(insert(table).on_conflict_do_nothing(), rows)
+        if self.dialect == "sqlite":
+            connection.execute(sqlite.insert(table).on_conflict_do_nothing(), rows)
+            return
+        # The driver would send one statement per row, each a round trip; this is one for all.
+        name, whole = table.name, msgspec.json.encode(rows).decode()
+        statement = f"INSERT INTO {name} SELECT * FROM json_populate_recordset(NULL::{name}, CAST(:rows AS json))"
+        connection.execute(sqlalchemy.text(f"{statement} ON CONFLICT DO NOTHING"), {"rows": whole})
 
     def close(self) -> None:
         """Closes the connections that nobody uses."""

@@ -146,6 +146,16 @@ async def test_every_completion_of_a_request_counts(client: Any) -> None:
     assert (await http.post("/v1/completions", json=completion(n=4))).status_code == 200
 
 
+async def test_an_embedding_takes_its_input_and_nothing_more(client: Any, ledger: ListLedger) -> None:
+    http = client(tokens_per_day=6)
+    for status in (200, 200, 429):
+        assert (await http.post("/v1/embeddings", json={"input": [1, 2, 3]})).status_code == status
+    assert [(line.endpoint, line.prompt_tokens, line.completion_tokens) for line in ledger.entries] == [
+        ("/v1/embeddings", 3, 0)
+    ] * 2
+    assert {line.finish for line in ledger.entries} == {"stop"}
+
+
 async def test_tokens_a_day(client: Any) -> None:
     http = client(tokens_per_day=30)
     used = 0
