@@ -45,6 +45,8 @@ class FinishReason(enum.StrEnum):
     """The caller gave it up or disconnected."""
     ERROR = "error"
     """The engine failed; `ErrorInfo` says how."""
+    CONTENT_FILTER = "content_filter"
+    """A filter of the server ended the answer; the engine never gives this reason."""
 
 
 class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

@@ -7,12 +7,14 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import logging
 import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
+import psutil
 import uvicorn
 from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
@@ -21,15 +23,19 @@ from starlette.responses import Response
 
 import tokenmill
 from tokenmill.engine.config import EngineConfig
-from tokenmill.errors import ConfigError, RequestError, TokenmillError
+from tokenmill.errors import ConfigError, MissingDependencyError, RequestError, TokenmillError
 from tokenmill.llm import AsyncLLM
 from tokenmill.registry import Registry
-from tokenmill.server.config import ServerConfig
+from tokenmill.server.call import Interceptor
+from tokenmill.server.config import ObserveConfig, ServerConfig
 from tokenmill.server.conversations import Conversations
 from tokenmill.server.errors import response_of
+from tokenmill.server.filter import FilterChain
+from tokenmill.server.logs import RequestLog, configure
 from tokenmill.server.metrics import Metrics
 from tokenmill.server.middleware.body_limit import BodyLimit
 from tokenmill.server.middleware.request_id import RequestId
+from tokenmill.server.middleware.watch import Watch
 from tokenmill.server.openapi import describe
 from tokenmill.server.service import Service
 from tokenmill.text.dialect import choose
@@ -38,6 +44,8 @@ __all__ = ["create_app", "serve"]
 
 ROUTES: Registry[APIRouter] = Registry("tokenmill.server.routes", "routes", "ROUTER")
 """Groups of endpoints: each module defines ``ROUTER``."""
+
+_logger = logging.getLogger(__name__)
 
 _FLUSH_S = 5.0
 """How long connections may take to send what is already produced, once the engine is idle."""
@@ -53,7 +61,13 @@ def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics) -> FastAPI
         names=config.served_model_name or (llm.model_name,),
         created=int(time.time()),
         fingerprint=_fingerprint(llm),
-        interceptors=(Conversations(llm.tokenizer),),
+        interceptors=(
+            metrics,
+            *_tracers(llm, config.observe),
+            RequestLog(config.observe.log_prompts),
+            Conversations(llm.tokenizer),
+        ),
+        filters=FilterChain.of(config.filters),
         dialects=choose(llm.tokenizer.chat_template, config.tool_parser, config.reasoning_parser),
     )
     app.state.stopping = False
@@ -62,8 +76,19 @@ def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics) -> FastAPI
     app.add_exception_handler(TokenmillError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_middleware(BodyLimit, limit=int(config.max_body_mib * 2**20))
-    app.add_middleware(RequestId)  # the last one added is the first to see a request
+    app.add_middleware(RequestId)
+    app.add_middleware(Watch, metrics=metrics)  # the last one added is the first to see a request
     return app
+
+
+def _tracers(llm: AsyncLLM, config: ObserveConfig) -> Iterator[Interceptor]:
+    """The interceptor that makes traces, if there is somewhere to send them."""
+    if config.otlp_endpoint:
+        try:
+            from tokenmill.server.tracing import Tracing, export_to  # and with it opentelemetry, which only this needs
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError(error.name or "opentelemetry", "The option otlp_endpoint", "otel") from error
+        yield Tracing(export_to(config.otlp_endpoint), llm.events)
 
 
 def _fingerprint(llm: AsyncLLM) -> str:
@@ -106,17 +131,19 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
 
 
 async def _serve(engine_config: EngineConfig, config: ServerConfig, listener: socket.socket) -> int:
-    metrics = Metrics(config.served_model_name[0])
+    configure(config.observe.log_format, config.observe.log_level, config.observe.log_prompts)
+    metrics = Metrics(config.served_model_name[0], engine_config, config.observe)
     with _signals() as (stop, hurry):
         llm = await _unless(stop, AsyncLLM.start(engine_config, metrics))
         if llm is None:
             return 0
         try:
             app = create_app(llm, config, metrics)
-            server = _Server(app, lambda: _announce(config, listener))
+            server = _Server(app, lambda: _ready(config, listener, metrics))
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             await _unless(stop, asyncio.shield(serving))
             app.state.stopping = True
+            _logger.info("shutting down")
             await _unless(hurry, llm.drain(config.drain_timeout_s))
         finally:
             await llm.close()  # what still runs learns it now, while the server can still tell the clients
@@ -161,6 +188,13 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._on_ready()
+
+
+def _ready(config: ServerConfig, listener: socket.socket, metrics: Metrics) -> None:
+    seconds = time.time() - psutil.Process().create_time()
+    metrics.started(seconds)
+    _logger.info("ready", extra={"fields": {"model": config.served_model_name[0], "start_s": round(seconds, 3)}})
+    _announce(config, listener)
 
 
 def _announce(config: ServerConfig, listener: socket.socket) -> None:

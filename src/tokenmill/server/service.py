@@ -14,6 +14,7 @@ from starlette.requests import Request
 from tokenmill.errors import RequestError, TokenmillError
 from tokenmill.llm import AsyncLLM, tokenize
 from tokenmill.server.call import Call, Interceptor, Tally
+from tokenmill.server.filter import FilterChain
 from tokenmill.server.metrics import Metrics
 from tokenmill.text.dialect import Chain
 from tokenmill.types import RequestOutput
@@ -39,6 +40,8 @@ class Service:
     dialects: Chain = dataclasses.field(default_factory=Chain)
     """How the model writes thoughts and tool calls."""
     interceptors: tuple[Interceptor, ...] = ()
+    filters: FilterChain = dataclasses.field(default_factory=FilterChain)
+    """What is kept out of prompts and answers."""
 
     @property
     def model_name(self) -> str:
@@ -69,6 +72,7 @@ class Service:
         tally = Tally(call)
         entered: list[Interceptor] = []
         try:
+            self.filters.check(call.params)
             for interceptor in self.interceptors:
                 entered.append(interceptor)
                 await interceptor.begin(call)
@@ -86,7 +90,7 @@ class Service:
                 ),
             )
             async with contextlib.aclosing(outputs):
-                async for output in outputs:
+                async for output in self.filters.answer(outputs, call.params.n, call.delta):
                     tally.add(output)
                     yield output
         except TokenmillError as error:

@@ -37,9 +37,11 @@ async def completions(request: Request) -> Response:
     model = service.check_model(body.model)
     params = body.sampling_params()
     answer_id = f"cmpl-{uuid.uuid4().hex}"
+    decode = service.llm.tokenizer.decode
+    prompts = [await service.filters.prompt(prompt, decode) for prompt in body.prompts()]
     streams = [
         service.generate(call_of(request, body, model, f"{answer_id}-{number}", prompt, params))
-        for number, prompt in enumerate(body.prompts())
+        for number, prompt in enumerate(prompts)
     ]
     writer = _Writer(service.llm.tokenizer, body, params.n)
     head: JSON = {

@@ -17,4 +17,5 @@ ROUTER = APIRouter()
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     service = service_of(request)
-    return Response(service.metrics.render(service.llm.stats), media_type=CONTENT_TYPE_LATEST)
+    up, draining = service.llm.health().ok, request.app.state.stopping
+    return Response(service.metrics.render(service.llm.stats, up, draining), media_type=CONTENT_TYPE_LATEST)
