@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.events import Event
 from tokenmill.llm import Health
 from tokenmill.server.app import _bind, _Server, create_app
 from tokenmill.server.config import ServerConfig
@@ -26,6 +27,7 @@ from tokenmill.types import (
     ErrorInfo,
     FinishReason,
     RequestOutput,
+    RequestStats,
     SamplingParams,
     TokenLogprobs,
 )
@@ -74,8 +76,16 @@ class ScriptedLLM:
         self.ended: asyncio.Queue[tuple[str, bool]] = asyncio.Queue()
         """Request ids in the order they ended, and whether they were given up."""
 
+        self.decisions: list[Event] = []
+        """What the engine tells about any request."""
+        self.stats_of_request: list[RequestStats] = []
+        """Sent with the last output."""
+
         self.drained = asyncio.Event()
         self.closed = False
+
+    async def events(self, request_id: str = "") -> list[Event]:
+        return self.decisions
 
     async def drain(self, timeout_s: float) -> None:
         await self.drained.wait()
@@ -120,6 +130,7 @@ class ScriptedLLM:
                     new = self._completion(index, piece, params)
                     if number == len(self.pieces) - 1 and not self.endless:
                         self._end(new)
+                        output.stats = self.stats_of_request
                     if delta:
                         output.outputs = [new]
                     else:
@@ -201,12 +212,29 @@ def app(llm: ScriptedLLM) -> FastAPI:
     return create_app(llm, ServerConfig(max_body_mib=0.01), Metrics("scripted"))  # type: ignore[arg-type]
 
 
-@pytest.fixture
-async def http(app: FastAPI) -> AsyncIterator[httpx2.AsyncClient]:
+@contextlib.asynccontextmanager
+async def talk_to(app: FastAPI) -> AsyncIterator[httpx2.AsyncClient]:
     """A client that talks to the app without a network."""
     transport = httpx2.ASGITransport(app=app)
     async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
         yield client
+
+
+@pytest.fixture
+async def http(app: FastAPI) -> AsyncIterator[httpx2.AsyncClient]:
+    async with talk_to(app) as client:
+        yield client
+
+
+@pytest.fixture
+def connect(llm: ScriptedLLM) -> Callable[[ServerConfig], contextlib.AbstractAsyncContextManager[httpx2.AsyncClient]]:
+    """Makes a client of a server with other options."""
+
+    def make(config: ServerConfig) -> contextlib.AbstractAsyncContextManager[httpx2.AsyncClient]:
+        metrics = Metrics("scripted", observe=config.observe)
+        return talk_to(create_app(llm, config, metrics))  # type: ignore[arg-type]
+
+    return make
 
 
 @pytest.fixture
