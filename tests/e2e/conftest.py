@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 import pytest
 
@@ -23,9 +24,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(model: str, *flags: str) -> Iterator[Server]:
+def running_server(model: str, *flags: str, stderr: TextIO | None = None) -> Iterator[Server]:
     command = [sys.executable, "-m", "tokenmill", "serve", model, "--port", "0", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
         try:
             for line in process.stdout:
                 if found := re.search(r"http://\S+", line):
