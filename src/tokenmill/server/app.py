@@ -11,7 +11,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import psutil
@@ -27,17 +27,19 @@ from tokenmill.errors import ConfigError, MissingDependencyError, RequestError, 
 from tokenmill.llm import AsyncLLM
 from tokenmill.registry import Registry
 from tokenmill.server.call import Interceptor
-from tokenmill.server.config import ObserveConfig, ServerConfig
+from tokenmill.server.config import SCORERS, ObserveConfig, ServerConfig
 from tokenmill.server.conversations import Conversations
 from tokenmill.server.errors import response_of
 from tokenmill.server.filter import FilterChain
 from tokenmill.server.logs import RequestLog, configure
 from tokenmill.server.metrics import Metrics
+from tokenmill.server.middleware.access import Access
 from tokenmill.server.middleware.body_limit import BodyLimit
 from tokenmill.server.middleware.request_id import RequestId
 from tokenmill.server.middleware.watch import Watch
 from tokenmill.server.openapi import describe
 from tokenmill.server.service import Service
+from tokenmill.server.tenants import Tenants, tenants_opened
 from tokenmill.text.dialect import choose
 
 __all__ = ["create_app", "serve"]
@@ -51,8 +53,15 @@ _FLUSH_S = 5.0
 """How long connections may take to send what is already produced, once the engine is idle."""
 
 
-def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics) -> FastAPI:
-    """The ASGI app. ``app.state.stopping`` is set once the server shuts down."""
+def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics, tenants: Tenants | None = None) -> FastAPI:
+    """The ASGI app. ``app.state.stopping`` is set once the server shuts down.
+
+    Args:
+        tenants: whom it serves; None is everybody.
+    """
+    tenants = tenants or Tenants()
+    accounting = tenants.accounting(llm.max_model_len)
+    metrics.add(accounting)
     app = FastAPI(title="tokenmill", version=tokenmill.__version__, docs_url=None, redoc_url=None)
     app.openapi = functools.partial(describe, app)  # type: ignore[method-assign]
     app.state.service = Service(
@@ -65,17 +74,21 @@ def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics) -> FastAPI
             metrics,
             *_tracers(llm, config.observe),
             RequestLog(config.observe.log_prompts),
+            accounting,
             Conversations(llm.tokenizer),
         ),
         filters=FilterChain.of(config.filters),
         dialects=choose(llm.tokenizer.chat_template, config.tool_parser, config.reasoning_parser),
     )
+    app.state.scorer = SCORERS.get(config.score_by)
+    app.state.tenants = tenants
     app.state.stopping = False
     for name in ROUTES.names():
         app.include_router(ROUTES.get(name))
     app.add_exception_handler(TokenmillError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_middleware(BodyLimit, limit=int(config.max_body_mib * 2**20))
+    app.add_middleware(Access, recognize=tenants.recognize, admin_port=config.access.admin_port)
     app.add_middleware(RequestId)
     app.add_middleware(Watch, metrics=metrics)  # the last one added is the first to see a request
     return app
@@ -127,20 +140,36 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     names = server_config.served_model_name or (engine_config.model.model,)
     config = dataclasses.replace(server_config, served_model_name=names)
     with _bind(config) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_serve(engine_config, config, listener))
+        return runner.run(_serve_tenants(engine_config, config, listener))
 
 
-async def _serve(engine_config: EngineConfig, config: ServerConfig, listener: socket.socket) -> int:
+async def _serve_tenants(engine_config: EngineConfig, config: ServerConfig, listener: socket.socket) -> int:
+    """Opens what the server knows of those who use it, and the port for administrators if they have their own."""
     configure(config.observe.log_format, config.observe.log_level, config.observe.log_prompts)
+    with contextlib.ExitStack() as stack:
+        admin = []
+        if config.access.admin_port is not None:
+            admin.append(stack.enter_context(_bind(dataclasses.replace(config, port=config.access.admin_port))))
+        async with tenants_opened(config) as tenants:
+            return await _serve(engine_config, config, listener, tenants, admin)
+
+
+async def _serve(
+    engine_config: EngineConfig,
+    config: ServerConfig,
+    listener: socket.socket,
+    tenants: Tenants | None = None,
+    more: Sequence[socket.socket] = (),
+) -> int:
     metrics = Metrics(config.served_model_name[0], engine_config, config.observe)
     with _signals() as (stop, hurry):
         llm = await _unless(stop, AsyncLLM.start(engine_config, metrics))
         if llm is None:
             return 0
         try:
-            app = create_app(llm, config, metrics)
+            app = create_app(llm, config, metrics, tenants)
             server = _Server(app, lambda: _ready(config, listener, metrics))
-            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            serving = asyncio.create_task(server.serve(sockets=[listener, *more]))
             await _unless(stop, asyncio.shield(serving))
             app.state.stopping = True
             _logger.info("shutting down")

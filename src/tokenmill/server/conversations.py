@@ -26,7 +26,7 @@ __all__ = ["Conversations", "cache_report"]
 
 _logger = logging.getLogger(__name__)
 
-_MOST_TOKENS = 4_000_000
+_MOST_TOKENS = 2_000_000
 """Kept for all conversations together: 16 MB."""
 _MOST_REQUESTS = 4096
 
@@ -50,7 +50,7 @@ class Conversations:
 
     async def begin(self, call: Call) -> None:
         """Puts the comparison into ``call.report["prefix"]`` when there is an earlier request."""
-        ids = array("i", call.prompt_token_ids)
+        ids = array("q", call.prompt_token_ids)
         conversation = _conversation(call)
         keys = tuple(_keys(call))
         earlier = self._find(keys)

@@ -10,12 +10,11 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import msgspec
 
 from tokenmill.errors import ConfigError, RequestError
-from tokenmill.llm import Prompt
 from tokenmill.server.config import FILTERS, FilterConfig
 from tokenmill.types import CompletionOutput, FinishReason, RequestOutput, SamplingParams
 
@@ -105,7 +104,7 @@ class FilterChain:
             text = await each.text(text)
         return text
 
-    async def prompt(self, prompt: Prompt, decode: Callable[[Sequence[int]], str]) -> Prompt:
+    async def prompt(self, prompt: str | list[int], decode: Callable[[Sequence[int]], str]) -> str | list[int]:
         """A prompt, filtered. Token ids are read as text, and stay as they are when no filter changes that.
 
         Raises:
@@ -115,7 +114,7 @@ class FilterChain:
             return prompt
         if isinstance(prompt, str):
             return await self.text(prompt)
-        text = decode(cast(Sequence[int], prompt))
+        text = decode(prompt)
         filtered = await self.text(text)
         return prompt if filtered == text else filtered
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from tokenmill.engine.config import EngineConfig
@@ -56,7 +56,6 @@ class Metrics:
         model_name: value of the label ``model_name``.
         engine: how the engine is configured.
         observe: the goals, and whether old names are exported too.
-        dollars_per_hour: price of this machine; 0 is unknown.
         clock: the clock of the engine's statistics.
     """
 
@@ -65,7 +64,6 @@ class Metrics:
         model_name: str,
         engine: EngineConfig | None = None,
         observe: ObserveConfig | None = None,
-        dollars_per_hour: float = 0.0,
         clock: Clock = time.monotonic,
     ) -> None:
         observe = observe or ObserveConfig()
@@ -81,7 +79,7 @@ class Metrics:
         self._registry.register(self._engine)
         self._make_times(observe.legacy_metrics)
         self._make_sizes()
-        self._make_server(dollars_per_hour, clock)
+        self._make_server()
 
     def _make_times(self, legacy: bool) -> None:
         between = "vllm:inter_token_latency_seconds"
@@ -122,7 +120,7 @@ class Metrics:
             "vllm:iteration_tokens_total", "Tokens computed per engine step.", _STEP_TOKENS
         )
 
-    def _make_server(self, dollars_per_hour: float, clock: Clock) -> None:
+    def _make_server(self) -> None:
         self._goodput = Counter(
             "tokenmill:goodput_requests",
             "Requests by whether they met what is aimed for: first token, tokens after it, and all of it.",
@@ -139,8 +137,6 @@ class Metrics:
         self._start = Gauge(
             "tokenmill:start_seconds", "From the start of the process until it served.", registry=self._registry
         )
-        if dollars_per_hour > 0:
-            self._registry.register(_Cost(dollars_per_hour, clock))
         self._answers = Counter(
             "http_requests", "HTTP requests by route, method and kind of status.", ("handler", "method", "status"),
             registry=self._registry,
@@ -159,6 +155,10 @@ class Metrics:
         family = kind(name, help, tuple(self._labels), buckets=buckets, registry=self._registry)
         self._families[name] = family
         return family.labels(**self._labels)
+
+    def add(self, collector: Collector) -> None:
+        """Renders what `collector` yields beside our own."""
+        self._registry.register(collector)
 
     def render(self, stats: EngineStats, up: bool = True, draining: bool = False) -> bytes:
         """Everything in Prometheus' text format, the engine being in this state."""
@@ -278,17 +278,3 @@ class _Renamed(Collector):
             for sample in family.samples:
                 other.samples.append(sample._replace(name=self._name + sample.name.removeprefix(family.name)))
             yield other
-
-
-class _Cost(Collector):
-    """What the machine has cost since the server started, whether it worked or not."""
-
-    def __init__(self, dollars_per_hour: float, clock: Clock) -> None:
-        self._per_second = dollars_per_hour / 3600
-        self._clock = clock
-        self._since = clock()
-
-    def collect(self) -> Iterable[Metric]:
-        spent = (self._clock() - self._since) * self._per_second
-        help = "Price of the machine since the server started, in dollars."
-        yield CounterMetricFamily("tokenmill:cost_dollars", help, value=spent)

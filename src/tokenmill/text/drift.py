@@ -216,12 +216,10 @@ def _message(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, A
 
 def volatile(conversation: Conversation) -> list[tuple[str, str]]:
     """Places of one request that will be others in the next: (place, text)."""
-    found: list[tuple[str, str]] = []
-    for index, message in enumerate(conversation.messages):
-        if message.get("role") in ("system", "developer"):
-            for match in _VOLATILE.finditer(str(message.get("content"))):
-                found.append((f"messages[{index}] ({message['role']})", match.group()))
-    for tool in conversation.tools:
-        for match in _VOLATILE.finditer(_exact(tool)):
-            found.append((f"tool {_name(tool)}", match.group()))
-    return found
+    places = [
+        (f"messages[{index}] ({message['role']})", str(message.get("content")))
+        for index, message in enumerate(conversation.messages)
+        if message.get("role") in ("system", "developer")
+    ]
+    places += [(f"tool {_name(tool)}", _exact(tool)) for tool in conversation.tools]
+    return [(place, match.group()) for place, text in places for match in _VOLATILE.finditer(text)]

@@ -26,6 +26,7 @@ __all__ = [
     "StreamParser",
     "all_of",
     "call_of",
+    "calls_in_content",
     "checked_call",
 ]
 

@@ -131,7 +131,8 @@ async def test_without_filters_everything_is_passed_on_untouched() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "code"), [(("pii", "pii"), "repeated_filter"), (("pij",), "unknown_choice"), (("banned",), "missing_option")]
+    ("names", "code"),
+    [(("pii", "pii"), "repeated_filter"), (("pij",), "unknown_choice"), (("banned",), "missing_option")],
 )
 def test_wrong_options_are_told_at_the_start(names: tuple[str, ...], code: str) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -189,7 +189,7 @@ async def test_a_refused_call_is_an_error_and_the_engine_is_not_asked() -> None:
 async def test_an_engine_that_cannot_tell_costs_the_children_only() -> None:
     traced = Traced([])
 
-    async def fail(request_id: str) -> list[Event]:
+    async def fail(_: str) -> list[Event]:
         raise RuntimeError("gone")
 
     traced.tracing._events = fail

@@ -22,7 +22,7 @@ TEMPLATES = {
         "<|start_header_id|> Respond in the format {\"name\": function name, \"parameters\": dictionary}",
         ["llama3_json"],
     ),
-    "llama-4": ("<|header_start|> [func_name1(params_name1=params_value1), func_name2(params)]", ["pythonic"]),
+    "llama-4-pythonic": ("<|header_start|> [func_name1(params_name1=params_value1), func_name2(params)]", ["pythonic"]),
     "mistral": ("[INST] [/INST] [TOOL_CALLS]", ["mistral"]),
     "deepseek-v3": ("<｜User｜> <｜tool▁calls▁begin｜>", ["deepseek"]),
     "deepseek-r1": ("<｜Assistant｜><think>\\n <｜tool▁calls▁begin｜>", ["think_tags", "deepseek"]),

@@ -100,7 +100,9 @@ def _pattern(line: str, where: str) -> Pattern:
         pattern = Pattern(line, _end)
     except regex.error as error:
         raise ConfigError("invalid_pattern", f"{where}: {error}.", "banned_patterns") from None
-    if "|" in line and ("(?=" in line or "(?!" in line):  # in pieces it could be decided before what it looks at is there
+    if "|" in line and (
+        "(?=" in line or "(?!" in line
+    ):  # in pieces it could be decided before what it looks at is there
         raise ConfigError(
             "invalid_pattern", f"{where}: it has alternatives and looks ahead; give each its own line.",
             "banned_patterns",

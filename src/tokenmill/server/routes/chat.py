@@ -48,6 +48,7 @@ async def chat(request: Request) -> Response:
         tools=tools,
         tool_choice=body.chosen_tool,
         parallel=body.parallel_tool_calls is not False,
+        structured=body.structured(),
         add_generation_prompt=body.add_generation_prompt,
         variables=body.chat_template_kwargs,
     )

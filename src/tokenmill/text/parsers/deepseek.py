@@ -19,7 +19,7 @@ import re
 from collections.abc import Generator
 from typing import ClassVar
 
-from tokenmill.text.dialect import Dialect, Functions, Kind, Parser, SpecialId, lark_marker, lark_text
+from tokenmill.text.dialect import AddedId, Dialect, Functions, Kind, Parser, lark_marker, lark_text
 from tokenmill.text.markup import Found, Malformed, Reader, StreamParser, calls_in_content, checked_call
 
 _BEGIN_ALL, _END_ALL = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -63,9 +63,9 @@ class DeepSeek(Dialect):
 
         return StreamParser(calls_in_content(_BEGIN_ALL, read), self.new_id)
 
-    def calls_grammar(self, functions: Functions, parallel: bool, special_id: SpecialId) -> str:
+    def calls_grammar(self, functions: Functions, parallel: bool, added_id: AddedId) -> str:
         begin_all, end_all, begin, sep, end = (
-            lark_marker(text, special_id) for text in (_BEGIN_ALL, _END_ALL, _BEGIN, _SEP, _END)
+            lark_marker(text, added_id) for text in (_BEGIN_ALL, _END_ALL, _BEGIN, _SEP, _END)
         )
         fence, fence_json = lark_text("\n```"), "\n```json\n"
         both_forms = " | ".join(

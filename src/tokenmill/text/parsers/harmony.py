@@ -18,6 +18,7 @@ from collections.abc import Generator
 from typing import ClassVar, NamedTuple
 
 from tokenmill.text.dialect import (
+    AddedId,
     Content,
     Delta,
     Dialect,
@@ -25,7 +26,6 @@ from tokenmill.text.dialect import (
     Kind,
     Parser,
     Reasoning,
-    SpecialId,
     lark_marker,
     lark_text,
 )
@@ -70,14 +70,14 @@ class Harmony(Dialect):
 
         return StreamParser(read, self.new_id)
 
-    def calls_grammar(self, functions: Functions, parallel: bool, special_id: SpecialId) -> str:
+    def calls_grammar(self, functions: Functions, parallel: bool, added_id: AddedId) -> str:
         # The models make one call and then stop for its result.
-        channel, constrain, message = (lark_marker(text, special_id) for text in (_CHANNEL, _CONSTRAIN, _MESSAGE))
+        channel, constrain, message = (lark_marker(text, added_id) for text in (_CHANNEL, _CONSTRAIN, _MESSAGE))
         calls = " | ".join(f"{lark_text(f'{name} ')} json args_{i}" for i, name in enumerate(functions))
         return f'calls: {channel} "commentary to={_TO}" ({calls})\njson: {constrain} "json" {message}\n'
 
-    def reasoning_grammar(self, prompt: str, special_id: SpecialId) -> str:
-        channel, message, end, start = (lark_marker(text, special_id) for text in (_CHANNEL, _MESSAGE, _END, _START))
+    def reasoning_grammar(self, prompt: str, added_id: AddedId) -> str:
+        channel, message, end, start = (lark_marker(text, added_id) for text in (_CHANNEL, _MESSAGE, _END, _START))
         return f'reasoning: ({channel} "analysis" {message} /(.|\\n)*/ {end} {start} "assistant")?\n'
 
 

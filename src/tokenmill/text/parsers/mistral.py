@@ -15,7 +15,7 @@ import string
 from collections.abc import Generator
 from typing import ClassVar
 
-from tokenmill.text.dialect import Dialect, Functions, Kind, Parser, SpecialId, lark_calls, lark_marker
+from tokenmill.text.dialect import AddedId, Dialect, Functions, Kind, Parser, lark_calls, lark_marker
 from tokenmill.text.markup import Found, Malformed, Reader, StreamParser, call_of, calls_in_content, checked_call
 
 _NAME = re.compile(r"[\w.\-]+")
@@ -56,9 +56,9 @@ class Mistral(Dialect):
 
         return StreamParser(calls_in_content("[TOOL_CALLS]", read), self.new_id)
 
-    def calls_grammar(self, functions: Functions, parallel: bool, special_id: SpecialId) -> str:
-        opening = lark_marker("[TOOL_CALLS]", special_id)
-        args = special_id("[ARGS]")
+    def calls_grammar(self, functions: Functions, parallel: bool, added_id: AddedId) -> str:
+        opening = lark_marker("[TOOL_CALLS]", added_id)
+        args = added_id("[ARGS]")
         if args is None:
             calls = lark_calls(functions, lambda name: f'{{"name": {json.dumps(name)}, "arguments": ')
             more = ' (", " call)*' if parallel else ""

@@ -54,9 +54,7 @@ async def test_an_answer_ends_before_the_pattern_however_it_is_split(
         assert await read(chain, pieces) == expected
 
 
-async def test_a_pattern_that_takes_for_ever_counts_as_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_pattern_that_takes_for_ever_counts_as_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokenmill.server.filters.banned._TIMEOUT_S", 0.01)
     chain = banned(tmp_path, r"(?:a|aa|aaa)+\d$" + "\n")
     with pytest.raises(RequestError, match="banned"):
@@ -66,7 +64,9 @@ async def test_a_pattern_that_takes_for_ever_counts_as_found(
 
 @pytest.mark.parametrize(
     ("text", "code", "word"),
-    [("ok\n(open", "invalid_pattern", "line 2"), ("x*", "invalid_pattern", "empty text"),
+    [
+        ("ok\n(open", "invalid_pattern", "line 2"),
+        ("x*", "invalid_pattern", "empty text"),
         ("a(?!bc)|d", "invalid_pattern", "its own line"),
         (None, "file_unreadable", ""),
     ],

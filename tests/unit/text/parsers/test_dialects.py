@@ -34,6 +34,10 @@ SHARED = ["{}", '{"a": 1}', '{"a": "\\"}"}', "{", "}", '"', "\\", " ", "\n", "ze
 PROMPTS = ["", "<think>\n", "<|start|>assistant", "<|start|>assistant<|channel|>final<|message|>So "]
 
 
+def test_every_dialect_is_tried() -> None:
+    assert set(FRAGMENTS) == set(PARSERS.names())
+
+
 def parse(chain: Chain, pieces: list[str], prompt: str) -> list[Delta]:
     parser = chain.parser(TOOLS, prompt)
     deltas = [delta for piece in pieces for delta in parser.push(piece)]

@@ -81,7 +81,7 @@ def accepts(grammar: str, special: list[str], text: str) -> bool:
 
 def grammar_of(name: str, choice: Any, parallel: bool = True, prompt: str = "") -> str:
     tokenizer, _ = tokens_of(tuple(SPECIAL[name]))
-    grammar = Chain((PARSERS.get(name),)).grammar(TOOLS, choice, parallel, tokenizer.special_id, prompt)
+    grammar = Chain((PARSERS.get(name),)).grammar(TOOLS, choice, parallel, tokenizer.added_id, prompt)
     assert grammar is not None
     return grammar
 
@@ -117,7 +117,7 @@ def test_what_is_not_the_call_asked_for_is_not_taken(name: str) -> None:
 
 def test_mistral_without_the_newer_tokens_is_forced_to_write_a_list() -> None:
     tokenizer, _ = tokens_of(("[TOOL_CALLS]",))
-    grammar = Chain((PARSERS.get("mistral"),)).grammar(TOOLS, "required", True, tokenizer.special_id)
+    grammar = Chain((PARSERS.get("mistral"),)).grammar(TOOLS, "required", True, tokenizer.added_id)
     text = '[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "Rom"}}, {"name": "now", "arguments": {}}]'
     assert grammar is not None
     assert accepts(grammar, ["[TOOL_CALLS]"], text)
@@ -138,7 +138,7 @@ def test_mistral_without_the_newer_tokens_is_forced_to_write_a_list() -> None:
 def test_thoughts_come_before_a_forced_call(special: list[str], prompt: str, text: str, taken: bool) -> None:
     tokenizer, _ = tokens_of(tuple(special))
     chain = Chain((PARSERS.get("think_tags"), PARSERS.get("hermes")))
-    grammar = chain.grammar(TOOLS, "required", False, tokenizer.special_id, prompt)
+    grammar = chain.grammar(TOOLS, "required", False, tokenizer.added_id, prompt)
     assert grammar is not None
     assert accepts(grammar, special, text + ONE["hermes"]) == taken
 
