@@ -73,7 +73,7 @@ def traced() -> Callable[[], None]:
     exporter = InMemorySpanExporter()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
 
-    async def nothing(request_id: str) -> list[object]:
+    async def nothing(_: str) -> list[object]:
         return []
 
     tracing = Tracing(provider, nothing)  # type: ignore[arg-type]
