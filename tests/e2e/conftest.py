@@ -33,7 +33,7 @@ def running_server(model: str, *flags: str, stderr: TextIO | None = None) -> Ite
         process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True))
         try:
             for line in process.stdout:
-                if found := re.search(r"http://\S+", line):
+                if found := re.search(r"https?://\S+", line):
                     yield Server(process, found.group())
                     break
             else:

@@ -47,6 +47,8 @@ class Snapshot:
     """Whether the engine process lives and its steps advance."""
     draining: bool
     """Whether the server takes no more requests."""
+    restarts: int
+    """How often the engine was started again."""
     queue_s: float = 0.0
     """How long requests lately waited."""
 
@@ -168,6 +170,7 @@ class EngineCollector(Collector):
         )
         yield self._gauge("tokenmill:engine_up", "1 while the engine lives and its steps advance.", int(snapshot.up))
         yield self._gauge("tokenmill:draining", "1 while no more requests are taken.", int(snapshot.draining))
+        yield self._counter("tokenmill:engine_restarts", "How often the engine was started again.", snapshot.restarts)
         yield self._counter("tokenmill:engine_steps", "Steps of the engine.", stats.steps)
         yield self._gauge("tokenmill:last_step_seconds", "How long the latest step took.", stats.step_seconds)
 

@@ -131,9 +131,6 @@ class Metrics:
             "tokenmill:requests_refused", "HTTP requests answered with an error, by its code.", ("code",),
             registry=self._registry,
         )  # fmt: skip
-        self._restarts = Counter(
-            "tokenmill:engine_restarts", "How often a new engine process took over.", registry=self._registry
-        )
         self._start = Gauge(
             "tokenmill:start_seconds", "From the start of the process until it served.", registry=self._registry
         )
@@ -160,9 +157,9 @@ class Metrics:
         """Renders what `collector` yields beside our own."""
         self._registry.register(collector)
 
-    def render(self, stats: EngineStats, up: bool = True, draining: bool = False) -> bytes:
-        """Everything in Prometheus' text format, the engine being in this state."""
-        self._engine.snapshot = Snapshot(stats, up, draining, self._queue_s)
+    def render(self, stats: EngineStats, up: bool = True, draining: bool = False, restarts: int = 0) -> bytes:
+        """Everything in Prometheus' text format, the engine and the server being in this state."""
+        self._engine.snapshot = Snapshot(stats, up, draining, restarts, self._queue_s)
         for family in self._families.values():
             if isinstance(family, _Lengths):
                 family.longest = stats.max_model_len
@@ -171,10 +168,6 @@ class Metrics:
     def started(self, seconds: float) -> None:
         """The server is ready, so long after the process began."""
         self._start.set(seconds)
-
-    def restarted(self) -> None:
-        """A new engine process has taken over."""
-        self._restarts.inc()
 
     def answered(self, route: str, method: str, status: int, code: str, seconds: float) -> None:
         """An HTTP request was answered.

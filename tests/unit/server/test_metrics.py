@@ -278,15 +278,14 @@ async def test_state_of_the_engine_and_the_server(app: object, llm: object, http
 
     assert await state() == (1, 0)
     llm.state = dataclasses.replace(llm.state, ok=False)  # type: ignore[attr-defined]
-    app.state.stopping = True  # type: ignore[attr-defined]
+    app.state.lifecycle.draining = True  # type: ignore[attr-defined]
     assert await state() == (0, 1)
 
 
 def test_restarts_and_the_time_to_start(stats: EngineStats) -> None:
     metrics = Metrics("m")
-    metrics.restarted()
     metrics.started(2.5)
-    values = samples(metrics.render(stats))
+    values = samples(metrics.render(stats, restarts=1))
     assert values["tokenmill:engine_restarts_total", ""] == 1
     assert values["tokenmill:start_seconds", ""] == 2.5
 
