@@ -5,6 +5,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx2
+import psutil
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.parser import text_string_to_metric_families
@@ -36,6 +37,27 @@ def collector():
         yield server
         server.shutdown()
         thread.join()
+
+
+def test_a_crash_tells_nothing_that_people_wrote(tmp_path):
+    flags = ("--log-format", "json", "--log-level", "debug", "--crash-dir", str(tmp_path / "crashes"))
+    body = {"prompt": f"{MARK} {MARK}", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with (tmp_path / "log").open("w+") as log:
+        with running_server("demo", *flags, stderr=log) as server, httpx2.Client(base_url=server.url) as http:
+            with http.stream("POST", "/v1/completions", json=body) as answer:
+                parts = answer.iter_text()
+                next(parts)
+                for engine in psutil.Process(server.process.pid).children():
+                    engine.kill()
+                assert "engine_died" in "".join(parts)
+            assert server.stop() == 0
+        log.seek(0)
+        text = log.read()
+    [report] = (tmp_path / "crashes").iterdir()
+    assert MARK not in report.read_text()
+    assert MARK not in text
+    assert "engine_died" in text
+    assert all(json.loads(line) for line in text.splitlines())
 
 
 def test_a_watched_server(collector, tmp_path):

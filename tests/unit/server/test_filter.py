@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from tokenmill.errors import ConfigError
+from tokenmill.errors import ConfigError, RequestError
 from tokenmill.server.config import FilterConfig, ServerConfig
 from tokenmill.server.filter import FilterChain
 
@@ -128,6 +129,18 @@ async def test_without_filters_everything_is_passed_on_untouched() -> None:
     assert FilterChain().answer(anything, 1, True) is anything
     assert await FilterChain().messages(anything) is anything
     assert await FilterChain().prompt(anything, str) is anything
+
+
+async def test_the_filter_in_the_documentation_is_a_filter() -> None:
+    document = (Path(__file__).parents[3] / "docs" / "filters.md").read_text()
+    [example] = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(example, "filters.md", "exec"), names)
+    chain = FilterChain((names["FILTER"](FilterConfig()),))
+    assert await chain.text("short") == "short"
+    assert await chain.stream().push("a") == "a"
+    with pytest.raises(RequestError):
+        await chain.text("x" * 1001)
 
 
 @pytest.mark.parametrize(
