@@ -48,6 +48,8 @@ class FinishReason(enum.StrEnum):
     """The caller gave it up or disconnected."""
     ERROR = "error"
     """The engine failed; `ErrorInfo` says how."""
+    CONTENT_FILTER = "content_filter"
+    """A filter of the server ended the answer; the engine never gives this reason."""
 
 
 JSON_WHITESPACE = r"\x20|\x0A(\x20{0,32}|\x09{0,8})"

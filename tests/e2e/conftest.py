@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 import pytest
 
@@ -24,12 +25,12 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(model: str, *flags: str) -> Iterator[Server]:
+def running_server(model: str, *flags: str, stderr: TextIO | None = None) -> Iterator[Server]:
     with contextlib.ExitStack() as stack:
         if "--state" not in flags:
             flags = ("--state", stack.enter_context(tempfile.TemporaryDirectory()), *flags)
         command = [sys.executable, "-m", "tokenmill", "serve", model, "--port", "0", *flags]
-        process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True))
         try:
             for line in process.stdout:
                 if found := re.search(r"https?://\S+", line):

@@ -25,7 +25,12 @@ from tokenmill.registry import Registry
 
 __all__ = ["Command", "build_all", "signature", "values"]
 
-FILE_SECTIONS = frozenset({"model", "cache", "scheduler", "engine", "server", "store", "access", "usage", "sampling"})
+FILE_SECTIONS = frozenset(
+    {
+        *("model", "cache", "scheduler", "engine"),
+        *("server", "store", "access", "usage", "observe", "filters", "sampling"),
+    }
+)
 """Sections that a configuration file may have. A command skips those it has no use for: one file serves them all."""
 
 

@@ -67,8 +67,18 @@ class EventLog:
         return len(self._ring)
 
     def of(self, request_id: str) -> list[Event]:
-        """What is still known about one request, oldest first."""
-        return [event for event in self._ring if event.request_id == request_id]
+        """What is still known about one request, oldest first.
+
+        Read from the newest event back to the request's arrival, so that asking about one that has just ended costs
+        what happened since it came, not the whole ring.
+        """
+        found: list[Event] = []
+        for event in reversed(self._ring):
+            if event.request_id == request_id:
+                found.append(event)
+                if event.action == "arrive":
+                    break
+        return found[::-1]
 
     def since(self, total: int) -> list[Event]:
         """Those added after the first `total`, as far as they are kept, oldest first."""

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import logging
 import signal
 import socket
 import time
@@ -14,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import uvicorn
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -23,20 +25,24 @@ from starlette.responses import Response
 
 import tokenmill
 from tokenmill.engine.config import EngineConfig
-from tokenmill.errors import RequestError, TokenmillError
+from tokenmill.errors import MissingDependencyError, RequestError, TokenmillError
 from tokenmill.llm import AsyncLLM
 from tokenmill.registry import Registry
-from tokenmill.server.config import SCORERS, ServerConfig
+from tokenmill.server.call import Interceptor
+from tokenmill.server.config import SCORERS, ObserveConfig, ServerConfig
 from tokenmill.server.connection import Connection
 from tokenmill.server.conversations import Conversations
 from tokenmill.server.errors import response_of
+from tokenmill.server.filter import FilterChain
 from tokenmill.server.lifecycle import Lifecycle
 from tokenmill.server.listener import address_of, bind, load_tls, tls_options
+from tokenmill.server.logs import RequestLog, configure
 from tokenmill.server.metrics import Metrics
 from tokenmill.server.middleware.access import Access
 from tokenmill.server.middleware.body_limit import BodyLimit
 from tokenmill.server.middleware.request_id import RequestId
 from tokenmill.server.middleware.startup import Startup
+from tokenmill.server.middleware.watch import Watch
 from tokenmill.server.openapi import describe
 from tokenmill.server.service import Service
 from tokenmill.server.tenants import Tenants, tenants_opened
@@ -46,6 +52,8 @@ __all__ = ["Server", "create_app", "serve"]
 
 ROUTES: Registry[APIRouter] = Registry("tokenmill.server.routes", "routes", "ROUTER")
 """Groups of endpoints: each module defines ``ROUTER``."""
+
+_logger = logging.getLogger(__name__)
 
 _FLUSH_S = 5.0
 """How long connections may take to send what is already produced, once the engine is idle."""
@@ -74,13 +82,18 @@ def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics, tenants: T
         created=int(time.time()),
         fingerprint=_fingerprint(llm),
         parsers=parsers,
-        interceptors=(accounting, Conversations(llm)),
+        interceptors=(
+            metrics,
+            *_tracers(llm, config.observe),
+            RequestLog(config.observe.log_prompts),
+            accounting,
+            Conversations(llm),
+        ),
+        filters=FilterChain.of(config.filters),
     )
     app.state.scorer = SCORERS.get(config.score_by)
     app.state.tenants = tenants
-    app.state.lifecycle = life = Lifecycle(llm)
-    metrics.watch("tokenmill:draining", "1 while the server takes no new requests and ends.", lambda: life.draining)
-    metrics.watch("tokenmill:engine_restarts", "How often the engine was started again.", lambda: llm.health().restarts)
+    app.state.lifecycle = Lifecycle(llm)
     for name in ROUTES.names():
         app.include_router(ROUTES.get(name))
     app.add_exception_handler(TokenmillError, _on_error)
@@ -89,8 +102,19 @@ def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics, tenants: T
     app.add_middleware(BodyLimit, limit=int(config.max_body_mib * 2**20))
     app.add_middleware(Startup, llm=llm)
     app.add_middleware(Access, recognize=tenants.recognize, admin_port=config.access.admin_port)
-    app.add_middleware(RequestId)  # the last one added is the first to see a request
+    app.add_middleware(RequestId)
+    app.add_middleware(Watch, metrics=metrics)  # the last one added is the first to see a request
     return app
+
+
+def _tracers(llm: AsyncLLM, config: ObserveConfig) -> Iterator[Interceptor]:
+    """The interceptor that makes traces, if there is somewhere to send them."""
+    if config.otlp_endpoint:
+        try:
+            from tokenmill.server.tracing import Tracing, export_to  # and with it opentelemetry, which only this needs
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError(error.name or "opentelemetry", "The option otlp_endpoint", "otel") from error
+        yield Tracing(export_to(config.otlp_endpoint), llm.events)
 
 
 def _fingerprint(llm: AsyncLLM) -> str:
@@ -143,6 +167,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
 
 async def _serve_tenants(engine_config: EngineConfig, config: ServerConfig, listener: socket.socket) -> int:
     """Opens what the server knows of those who use it, and the port for administrators if they have their own."""
+    configure(config.observe.log_format, config.observe.log_level, config.observe.log_prompts)
     with contextlib.ExitStack() as stack:
         admin = []
         if config.access.admin_port is not None:
@@ -158,7 +183,7 @@ async def _serve(
     tenants: Tenants | None = None,
     more: Sequence[socket.socket] = (),
 ) -> int:
-    metrics = Metrics(config.served_model_name[0])
+    metrics = Metrics(config.served_model_name[0], engine_config, config.observe)
     crash_dir = Path(config.crash_dir).expanduser() if config.crash_dir else None
     llm = AsyncLLM(engine_config, metrics, crash_dir)
     app = create_app(llm, config, metrics, tenants)
@@ -169,8 +194,12 @@ async def _serve(
         try:
             await _unless(life.stopping, llm.load())
             if not life.stopping.is_set():
+                seconds = time.time() - psutil.Process().create_time()
+                metrics.started(seconds)
+                _logger.info("ready", extra={"fields": {"start_s": round(seconds, 3)}})
                 print(f"Serving {config.served_model_name[0]} on {address_of(config, listener)}", flush=True)
                 await _unless(life.stopping, asyncio.shield(serving))
+            _logger.info("shutting down")
             await _unless(life.hurry, llm.drain(config.drain_timeout_s))
         finally:
             await llm.close()  # what still runs learns it now, while the server can still tell the clients

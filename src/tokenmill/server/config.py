@@ -8,7 +8,44 @@ from typing import Any
 from tokenmill.config import option
 from tokenmill.registry import Registry
 
-__all__ = ["SCORERS", "AccessConfig", "ServerConfig", "StoreConfig", "UsageConfig"]
+__all__ = [
+    "FILTERS",
+    "SCORERS",
+    "AccessConfig",
+    "FilterConfig",
+    "ObserveConfig",
+    "ServerConfig",
+    "StoreConfig",
+    "UsageConfig",
+]
+
+FILTERS: Registry[Any] = Registry("tokenmill.server.filters", "filters", "FILTER")
+"""Content filters: each module defines ``FILTER``, which makes a `tokenmill.server.filter.Filter` of the options."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ObserveConfig:
+    """What the server tells about its work."""
+
+    log_format: str = option("text", "how log lines are written", choices=("text", "json"))
+    log_level: str = option("info", "the least level of log lines shown", choices=("debug", "info", "warning", "error"))
+    log_prompts: bool = option(False, "whether prompts and answers may appear in logs")
+    legacy_metrics: bool = option(False, "export metrics under the names that vLLM has given up, too")
+    ttft_slo_ms: float = option(0.0, "time to first token that counts as good; 0 none", low=0)
+    tpot_slo_ms: float = option(0.0, "time per token after the first that counts as good; 0 none", low=0)
+    otlp_endpoint: str = option("", "where traces go by OTLP over HTTP, http://host:4318/v1/traces; empty nowhere")
+
+
+@dataclasses.dataclass(frozen=True)
+class FilterConfig:
+    """What is kept out of prompts and answers."""
+
+    filters: tuple[str, ...] = option((), "content filters in the order they see a text: pii, banned, moderation")
+    banned_patterns: str = option("", "file of the filter banned: one regular expression per line")
+    moderation_url: str = option("", "endpoint of the filter moderation, with OpenAI's /v1/moderations form")
+    moderation_key_file: str = option("", "file with the key of that endpoint; empty sends none")
+    moderation_timeout_s: float = option(5.0, "how long that endpoint may take", low=0.01)
+    moderation_open: bool = option(False, "whether texts pass while that endpoint fails")
 
 
 SCORERS: Registry[Any] = Registry("tokenmill.server.scorers", "scorers", "SCORER")
@@ -70,6 +107,8 @@ class ServerConfig:
     crash_dir: str = option(
         "~/.local/state/tokenmill/crashes", "folder for reports about crashes of the engine; empty writes none"
     )
+    observe: ObserveConfig = dataclasses.field(default_factory=ObserveConfig)
+    filters: FilterConfig = dataclasses.field(default_factory=FilterConfig)
     store: StoreConfig = dataclasses.field(default_factory=StoreConfig)
     access: AccessConfig = dataclasses.field(default_factory=AccessConfig)
     usage: UsageConfig = dataclasses.field(default_factory=UsageConfig)

@@ -10,14 +10,26 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
 
+from tokenmill.server.record import current
 from tokenmill.server.service import Service
 from tokenmill.text.chat import render
-from tokenmill.text.dialect import AddedId, Chain, Parsed, Parser, lark_json, lark_text
+from tokenmill.text.dialect import (
+    AddedId,
+    Chain,
+    Delta,
+    Parsed,
+    Parser,
+    ToolCall,
+    gather,
+    lark_json,
+    lark_text,
+)
 from tokenmill.types import JSON, SamplingParams, StructuredOutput
 
 __all__ = ["Dialogue", "begin"]
@@ -46,11 +58,38 @@ class Dialogue:
 
     def parser(self) -> Parser:
         """A parser for one completion of the prompt."""
-        return self.dialects.parser(self.tools, self.tail)
+        parser = self.dialects.parser(self.tools, self.tail)
+        record = current()
+        if not self.tools or record is None or record.on_parse is None:
+            return parser
+        return _Timed(parser, record.on_parse)
 
     def split(self, text: str) -> Parsed:
         """Reads a whole completion."""
-        return self.dialects.split(text, self.tools, self.tail)
+        parser = self.parser()
+        return gather([*parser.push(text), *parser.finish()])
+
+
+class _Timed:
+    """A parser that tells when it began and ended, and how many calls it read."""
+
+    def __init__(self, parser: Parser, tell: Callable[[float, float, int], None]) -> None:
+        self._parser = parser
+        self._tell = tell
+        self._begun = time.monotonic()
+        self._calls = 0
+
+    def push(self, text: str) -> list[Delta]:
+        return self._counted(self._parser.push(text))
+
+    def finish(self) -> list[Delta]:
+        deltas = self._counted(self._parser.finish())
+        self._tell(self._begun, time.monotonic(), self._calls)
+        return deltas
+
+    def _counted(self, deltas: list[Delta]) -> list[Delta]:
+        self._calls += sum(isinstance(delta, ToolCall) for delta in deltas)
+        return deltas
 
 
 async def begin(
@@ -75,10 +114,11 @@ async def begin(
         variables: what else the chat template reads.
 
     Raises:
-        RequestError: from the template (`tokenmill.text.chat.render`) or the choice of a tool
+        RequestError: from a content filter, the template (`tokenmill.text.chat.render`) or the choice of a tool
             (`tokenmill.text.dialect.Chain.grammar`).
     """
     tokenizer, dialects = service.llm.tokenizer, service.dialects
+    messages = await service.filters.messages(messages)
     callable_tools = () if tool_choice == "none" else tools
 
     def prepare() -> tuple[str, list[int]]:

@@ -6,9 +6,11 @@ Source: https://platform.openai.com/docs/guides/error-codes, https://docs.anthro
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import msgspec
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from tokenmill.errors import EngineError, RequestError, TokenmillError, UnavailableError
 from tokenmill.types import JSON
@@ -84,7 +86,19 @@ def response_of(error: TokenmillError, path: str) -> Response:
     seconds = error.retry_after_s if isinstance(error, UnavailableError) else _RETRY_AFTER_S
     headers = {"retry-after": str(math.ceil(seconds))} if status in (429, 503) else None
     body = anthropic_body_of(error) if path.startswith("/v1/messages") else body_of(error)
-    return Response(msgspec.json.encode(body), status, headers, "application/json")
+    return _Refusal(error.code, msgspec.json.encode(body), status, headers, "application/json")
+
+
+class _Refusal(Response):
+    """An answer that leaves its code in the request's state, for the log and the metrics."""
+
+    def __init__(self, code: str, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._code = code
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["error_code"] = self._code
+        await super().__call__(scope, receive, send)
 
 
 def internal_error(request_id: str) -> EngineError:

@@ -16,6 +16,7 @@ from tokenmill.errors import RequestError, TokenmillError
 from tokenmill.llm import AsyncLLM
 from tokenmill.prompt import tokenize
 from tokenmill.server.call import Call, Interceptor, Tally
+from tokenmill.server.filter import FilterChain
 from tokenmill.server.metrics import Metrics
 from tokenmill.text.dialect import Chain, choose
 from tokenmill.types import RequestOutput
@@ -41,6 +42,8 @@ class Service:
     parsers: tuple[str, str] = ("auto", "auto")
     """Names of the dialects of tool calls and of thoughts."""
     interceptors: tuple[Interceptor, ...] = ()
+    filters: FilterChain = dataclasses.field(default_factory=FilterChain)
+    """What is kept out of prompts and answers."""
 
     @property
     def model_name(self) -> str:
@@ -76,6 +79,7 @@ class Service:
         tally = Tally(call)
         entered: list[Interceptor] = []
         try:
+            self.filters.check(call.params)
             for interceptor in self.interceptors:
                 entered.append(interceptor)
                 await interceptor.begin(call)
@@ -94,7 +98,7 @@ class Service:
                 ),
             )
             async with contextlib.aclosing(outputs):
-                async for output in outputs:
+                async for output in self.filters.answer(outputs, call.params.n, call.delta):
                     tally.add(output)
                     yield output
         except TokenmillError as error:

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.events import Event
 from tokenmill.llm import Health
 from tokenmill.server.app import Server, create_app
 from tokenmill.server.config import ServerConfig
@@ -30,6 +31,7 @@ from tokenmill.types import (
     FinishReason,
     PoolingParams,
     RequestOutput,
+    RequestStats,
     SamplingParams,
     TokenLogprobs,
 )
@@ -83,6 +85,11 @@ class ScriptedLLM:
         self.ended: asyncio.Queue[tuple[str, bool]] = asyncio.Queue()
         """Request ids in the order they ended, and whether they were given up."""
 
+        self.decisions: list[Event] = []
+        """What the engine tells about any request."""
+        self.stats_of_request: list[RequestStats] = []
+        """Sent with the last output."""
+
         self.drained = asyncio.Event()
         self.closed = self.refusing = False
 
@@ -91,6 +98,9 @@ class ScriptedLLM:
 
     def refuse(self) -> None:
         self.refusing = True
+
+    async def events(self, request_id: str = "") -> list[Event]:
+        return self.decisions
 
     async def drain(self, timeout_s: float) -> None:
         await self.drained.wait()
@@ -141,6 +151,7 @@ class ScriptedLLM:
                     new = self._completion(index, piece, params)
                     if number == len(self.pieces) - 1 and not self.endless:
                         self._end(new)
+                        output.stats = self.stats_of_request
                     if delta:
                         output.outputs = [new]
                     else:
@@ -228,8 +239,8 @@ def app(llm: ScriptedLLM) -> FastAPI:
     return create_app(llm, ServerConfig(max_body_mib=0.01), Metrics("scripted"))  # type: ignore[arg-type]
 
 
-@pytest.fixture
-async def http(app: FastAPI) -> AsyncIterator[httpx2.AsyncClient]:
+@contextlib.asynccontextmanager
+async def talk_to(app: FastAPI) -> AsyncIterator[httpx2.AsyncClient]:
     """A client that talks to the app without a network."""
     transport = httpx2.ASGITransport(app=app)
     async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
@@ -247,6 +258,23 @@ async def serving(app: FastAPI, config: ServerConfig) -> AsyncIterator[str]:
         yield address_of(config, listener)
         server.should_exit = True
         await task
+
+
+@pytest.fixture
+async def http(app: FastAPI) -> AsyncIterator[httpx2.AsyncClient]:
+    async with talk_to(app) as client:
+        yield client
+
+
+@pytest.fixture
+def connect(llm: ScriptedLLM) -> Callable[[ServerConfig], contextlib.AbstractAsyncContextManager[httpx2.AsyncClient]]:
+    """Makes a client of a server with other options."""
+
+    def make(config: ServerConfig) -> contextlib.AbstractAsyncContextManager[httpx2.AsyncClient]:
+        metrics = Metrics("scripted", observe=config.observe)
+        return talk_to(create_app(llm, config, metrics))  # type: ignore[arg-type]
+
+    return make
 
 
 @pytest.fixture

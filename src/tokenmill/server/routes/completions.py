@@ -39,9 +39,11 @@ async def completions(request: Request) -> Response:
     model = service.check_model(body.model)
     params = body.sampling_params()
     answer_id = f"cmpl-{uuid.uuid4().hex}"
-    asked = [(prompt, params) for prompt in body.prompts()]
+    decode = service.llm.tokenizer.decode
+    asked = [(await service.filters.prompt(prompt, decode), params) for prompt in body.prompts()]
     if body.suffix is not None:
-        asked = await asyncio.to_thread(_with_suffix, service.llm.tokenizer, body.suffix, asked)
+        suffix = await service.filters.text(body.suffix)
+        asked = await asyncio.to_thread(_with_suffix, service.llm.tokenizer, suffix, asked)
     streams = [
         service.generate(call_of(request, body, model, f"{answer_id}-{number}", prompt, own))
         for number, (prompt, own) in enumerate(asked)

@@ -105,6 +105,8 @@ def _stop(completion: CompletionOutput, calls: bool) -> JSON:
     sequence = completion.stop_reason if isinstance(completion.stop_reason, str) else None
     if completion.finish_reason is FinishReason.LENGTH:
         reason = "max_tokens"
+    elif completion.finish_reason is FinishReason.CONTENT_FILTER:
+        reason = "refusal"
     elif sequence is not None:
         reason = "stop_sequence"
     else:

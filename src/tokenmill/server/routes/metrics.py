@@ -7,6 +7,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tokenmill.server.lifecycle import lifecycle_of
 from tokenmill.server.openapi import documented
 from tokenmill.server.service import service_of
 
@@ -17,4 +18,6 @@ ROUTER = APIRouter()
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     service = service_of(request)
-    return Response(service.metrics.render(service.llm.stats), media_type=CONTENT_TYPE_LATEST)
+    health, draining = service.llm.health(), lifecycle_of(request).draining
+    rendered = service.metrics.render(service.llm.stats, health.ok, draining, health.restarts)
+    return Response(rendered, media_type=CONTENT_TYPE_LATEST)
