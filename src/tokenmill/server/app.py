@@ -15,6 +15,8 @@ from typing import Any
 
 import uvicorn
 from fastapi import APIRouter, FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import State as AppState
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -24,6 +26,7 @@ from tokenmill.engine.config import EngineConfig
 from tokenmill.errors import ConfigError, RequestError, TokenmillError
 from tokenmill.llm import AsyncLLM
 from tokenmill.registry import Registry
+from tokenmill.server.backlog import Backlog
 from tokenmill.server.config import ServerConfig
 from tokenmill.server.errors import response_of
 from tokenmill.server.metrics import Metrics
@@ -31,6 +34,7 @@ from tokenmill.server.middleware.body_limit import BodyLimit
 from tokenmill.server.middleware.request_id import RequestId
 from tokenmill.server.openapi import describe
 from tokenmill.server.service import Service
+from tokenmill.server.state import State, state_folder
 from tokenmill.text.dialect import choose
 
 __all__ = ["create_app", "serve"]
@@ -46,7 +50,7 @@ def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics) -> FastAPI
     """The ASGI app. ``app.state.stopping`` is set once the server shuts down."""
     app = FastAPI(title="tokenmill", version=tokenmill.__version__, docs_url=None, redoc_url=None)
     app.openapi = functools.partial(describe, app)  # type: ignore[method-assign]
-    app.state.service = Service(
+    app.state.service = service = Service(
         llm,
         metrics,
         names=config.served_model_name or (llm.model_name,),
@@ -55,12 +59,29 @@ def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics) -> FastAPI
         dialects=choose(llm.tokenizer.chat_template, config.tool_parser, config.reasoning_parser),
     )
     app.state.stopping = False
+    state = State(state_folder(config.store.state))
+    app.state.backlog = Backlog(state, service, _endpoints(app.state), config.keep)
+    _furnish(app)
+    uploads = {"/v1/files": int(config.keep.max_file_mib * 2**20)}
+    app.add_middleware(BodyLimit, limit=int(config.max_body_mib * 2**20), uploads=uploads)
+    app.add_middleware(RequestId)  # the last one added is the first to see a request
+    return app
+
+
+def _furnish(app: FastAPI) -> None:
     for name in ROUTES.names():
         app.include_router(ROUTES.get(name))
     app.add_exception_handler(TokenmillError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_middleware(BodyLimit, limit=int(config.max_body_mib * 2**20))
-    app.add_middleware(RequestId)  # the last one added is the first to see a request
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+
+
+def _endpoints(state: AppState) -> FastAPI:
+    """The same endpoints for requests that were let in before: no limits, and nobody asks for keys."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    app.state = state
+    _furnish(app)
+    app.add_middleware(RequestId)
     return app
 
 
@@ -82,6 +103,14 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     response = response_of(RequestError(code, f"{request.method} {path}: {error.detail}."), path)
     response.headers.update(error.headers or {})
     return response
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    """A parameter of a URL that the framework itself could not read."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    field = str(first["loc"][-1])
+    return response_of(RequestError("invalid_parameter", f"{field}: {first['msg']}.", field), request.url.path)
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
@@ -111,10 +140,12 @@ async def _serve(engine_config: EngineConfig, config: ServerConfig, listener: so
             return 0
         try:
             app = create_app(llm, config, metrics)
+            await app.state.backlog.start()
             server = _Server(app, lambda: _announce(config, listener))
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             await _unless(stop, asyncio.shield(serving))
             app.state.stopping = True
+            await app.state.backlog.close()
             await _unless(hurry, llm.drain(config.drain_timeout_s))
         finally:
             await llm.close()  # what still runs learns it now, while the server can still tell the clients

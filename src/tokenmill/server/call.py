@@ -82,7 +82,7 @@ def call_of(
         prompt=prompt,
         params=params,
         principal=principal_of(request),
-        priority=body.priority,
+        priority=getattr(request.state, "priority", body.priority),
         tenant=body.user or "",
         cache_salt=body.cache_salt,
         timeout_s=body.timeout_s,
