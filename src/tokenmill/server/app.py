@@ -145,10 +145,11 @@ async def _serve(engine_config: EngineConfig, config: ServerConfig, listener: so
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             await _unless(stop, asyncio.shield(serving))
             app.state.stopping = True
-            await app.state.backlog.close()
+            await app.state.backlog.batches.close()
             await _unless(hurry, llm.drain(config.drain_timeout_s))
         finally:
             await llm.close()  # what still runs learns it now, while the server can still tell the clients
+            await app.state.backlog.close()
         server.should_exit = True
         await serving
     return 0

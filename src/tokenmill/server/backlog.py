@@ -14,6 +14,7 @@ from tokenmill.server.batches import Batches
 from tokenmill.server.config import KeepConfig
 from tokenmill.server.files import Files
 from tokenmill.server.loopback import Loopback
+from tokenmill.server.responses import Responses
 from tokenmill.server.service import Service
 from tokenmill.server.state import State
 
@@ -41,12 +42,14 @@ class Backlog:
             service.names,
             config.batch_concurrency,
         )
+        self.responses = Responses(state, config.keep_responses_days * 86400.0)
         self._sweeping: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Goes on with what a server before this one left. Does nothing in a folder that was never used."""
         if self._state.exists:
             try:
+                await self.responses.start()
                 await self.batches.start()
             except TokenmillError as error:
                 _logger.error("what was left cannot be gone on with: %s", error.message)
@@ -58,6 +61,7 @@ class Backlog:
             self._sweeping.cancel()
             await asyncio.gather(self._sweeping, return_exceptions=True)
         await self.batches.close()
+        await self.responses.close()
         await asyncio.to_thread(self._state.close)
 
     async def _sweep(self) -> None:
