@@ -26,7 +26,7 @@ _FIRST_TOKENS = 48
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Step:
     """Items that stay or go together: a message, or calls with their outputs."""
 

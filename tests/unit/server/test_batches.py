@@ -333,7 +333,7 @@ class _Keys:
 
 
 @pytest.fixture
-def as_key(app: FastAPI, url: str) -> Callable[[str], openai.AsyncOpenAI]:
+def as_key(url: str) -> Callable[[str], openai.AsyncOpenAI]:
     return lambda key: openai.AsyncOpenAI(base_url=url + "/v1", api_key=key, max_retries=0)
 
 

@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import time
 import uuid
+from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -21,7 +22,7 @@ from tokenmill.server.call import call_of
 from tokenmill.server.compaction import Compaction, compact, extract, steps_of
 from tokenmill.server.dialogue import Dialogue, begin
 from tokenmill.server.generation import EventStream, last_outputs, until_disconnect
-from tokenmill.server.items import item_text, messages_of, normalized
+from tokenmill.server.items import messages_of, normalized
 from tokenmill.server.lists import listed
 from tokenmill.server.openapi import documented
 from tokenmill.server.principal import principal_of
@@ -53,7 +54,8 @@ async def create_response(request: Request) -> Response:
     items = before + normalized(body.input or [])
     dialogue = await _dialogue(service, body, items)
     response_id = f"resp_{uuid.uuid4().hex}"
-    context = {"messages": messages_of(items, body.instructions), "tools": body.shown_tools, "metadata": body.metadata}
+    shown = messages_of(items, body.instructions)
+    context = {"messages": shown, "tools": body.shown_tools, "metadata": body.metadata}
     call = call_of(request, body, model, response_id, dialogue.prompt_token_ids, dialogue.params, context)
     call.delta = True  # also for a whole answer, which adds up the same events
     head: JSON = {
@@ -71,19 +73,22 @@ async def create_response(request: Request) -> Response:
         run = await responses.launch(making)
         if not body.stream:
             return _json(writer.response)
-        return await EventStream.begin(request, run.follow(0), end=b"")
+        return _stream(request, run.follow(0))
     if body.stream:
         return await EventStream.begin(request, responses.stream(making), end=b"")
     return _json(await until_disconnect(request.receive, responses.finish(making)))
 
 
 async def _dialogue(service: Service, body: ResponsesRequest, items: list[JSON]) -> Dialogue:
-    """The prompt; with ``truncation: auto`` without the oldest steps where all of them do not fit."""
+    """The prompt; with ``truncation: auto`` without as many of the oldest steps as do not fit."""
     params = body.sampling_params()
     longest = service.llm.max_model_len - (body.max_output_tokens or 1)
-    shown = list(items)
-    while True:
-        dialogue = await begin(
+    steps = steps_of(items)
+
+    async def without(dropped: int) -> Dialogue:
+        oldest = [step for step in steps if not step.fixed][:dropped]
+        shown = [item for step in steps if step not in oldest for item in step.items]
+        return await begin(
             service,
             messages_of(shown, body.instructions),
             params,
@@ -92,24 +97,20 @@ async def _dialogue(service: Service, body: ResponsesRequest, items: list[JSON])
             parallel=body.parallel_tool_calls is not False,
             variables=body.variables,
         )
-        excess = len(dialogue.prompt_token_ids) - longest
-        if body.truncation != "auto" or excess <= 0:
-            return dialogue
-        shorter = await asyncio.to_thread(_without_oldest, service, shown, excess)
-        if len(shorter) == len(shown):
-            return dialogue  # what must stay is too long: the engine says so
-        shown = shorter
 
-
-def _without_oldest(service: Service, items: list[JSON], excess: int) -> list[JSON]:
-    """Drops the oldest steps that hold `excess` tokens."""
-    kept: list[JSON] = []
-    for step in steps_of(items):
-        if excess > 0 and not step.fixed:
-            excess -= sum(len(service.llm.tokenizer.encode(item_text(item))) for item in step.items)
+    dialogue = await without(0)
+    if body.truncation != "auto" or len(dialogue.prompt_token_ids) <= longest:
+        return dialogue
+    too_few, enough = 0, sum(not step.fixed for step in steps)
+    dialogue = await without(enough)  # if even this is too long, the engine says so
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        tried = await without(middle)
+        if len(tried.prompt_token_ids) <= longest:
+            enough, dialogue = middle, tried
         else:
-            kept += step.items
-    return kept
+            too_few = middle
+    return dialogue
 
 
 @ROUTER.get("/v1/responses/{response_id}", **documented(None, 400, 404, 503))
@@ -125,7 +126,7 @@ async def retrieve_response(
         return _json(await responses.get(response_id, owner))
     after = -1 if starting_after is None else starting_after
     events = await responses.replay(response_id, owner, after)
-    return await EventStream.begin(request, events, end=b"")
+    return _stream(request, events)
 
 
 @ROUTER.delete("/v1/responses/{response_id}", **documented(None, 404, 503))
@@ -245,6 +246,11 @@ async def _summary(
     usage["output_tokens"] += len(output.outputs[0].token_ids)
     said = dialogue.split(output.outputs[0].text).content.strip()
     return f"[Summary of {len(gap)} earlier items.]\n{said}"
+
+
+def _stream(request: Request, events: AsyncGenerator[bytes, None]) -> EventStream:
+    """A stream that begins at once, even if its first event is still to come."""
+    return EventStream(b"", events, request.state.request_id, end=b"")
 
 
 def _json(value: Any) -> Response:
