@@ -20,6 +20,7 @@ from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.events import Event
 from tokenmill.engine.executor import LocalExecutor, Progress
+from tokenmill.engine.grammar import Grammars
 from tokenmill.engine.messages import Refused, Step
 from tokenmill.errors import EngineError, RequestError, UnavailableError
 from tokenmill.models.folder import resolve
@@ -284,7 +285,9 @@ class LLM:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, model=model))
         self.config = config
         self.tokenizer = Tokenizer.load(resolve(config.model.model))
-        self.engine = Engine(config, LocalExecutor(config, progress))
+        executor = LocalExecutor(config, progress)
+        self.engine = Engine(config, executor)
+        self._grammars = executor.grammars
         self._numbers = itertools.count()
 
     def generate(
@@ -347,6 +350,8 @@ class LLM:
     def _call(self, prompt: Prompt, params: SamplingParams) -> _Call:
         text, ids = _tokenize(self.tokenizer, prompt)
         params = _with_bad_words(self.tokenizer, params)
+        if params.structured is not None:
+            self._grammars.compile(params.structured).result()  # refused here rather than in the engine
         return _Call(str(next(self._numbers)), text, ids, params, self.tokenizer, delta=True)
 
     def _run(self, calls: list[_Call]) -> Iterator[tuple[_Call, CompletionOutput]]:
@@ -388,6 +393,7 @@ class AsyncLLM:
         self.config = config
         self.tokenizer = tokenizer
         self._observer = observer
+        self._grammars = Grammars(config)
         self._client: EngineClient
         self._calls: dict[str, tuple[_Call, asyncio.Queue[RequestOutput | Exception]]] = {}
         self._background: set[asyncio.Task[None]] = set()
@@ -455,6 +461,10 @@ class AsyncLLM:
             raise UnavailableError("shutting_down", "The server is shutting down; send the request to another.")
         if self._client.dead is not None:
             raise self._client.dead
+        if (
+            params.structured is not None
+        ):  # refused here, on a thread, so that the engine meets none that it must refuse
+            await asyncio.shield(asyncio.wrap_future(self._grammars.compile(params.structured)))
         text, ids = _tokenize(self.tokenizer, prompt)
         name = request_id or f"request-{next(self._numbers)}"
         call = _Call(name, text, ids, _with_bad_words(self.tokenizer, params), self.tokenizer, delta)

@@ -89,7 +89,8 @@ class Engine:
         seed = request.params.seed
         if seed is None:
             seed = self._random.getrandbits(63)
-        self.scheduler.add(Request(request, limit, seed, self.kv.block_size, self._clock()))
+        prepared = self._executor.prepare(request.params)
+        self.scheduler.add(Request(request, limit, seed, self.kv.block_size, self._clock(), prepared))
 
     def _check(self, request: EngineRequest) -> int:
         """The most tokens the request may generate."""

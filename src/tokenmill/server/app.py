@@ -28,6 +28,7 @@ from tokenmill.llm import AsyncLLM
 from tokenmill.registry import Registry
 from tokenmill.server.backlog import Backlog
 from tokenmill.server.config import ServerConfig
+from tokenmill.server.conversations import Conversations
 from tokenmill.server.errors import response_of
 from tokenmill.server.metrics import Metrics
 from tokenmill.server.middleware.body_limit import BodyLimit
@@ -56,6 +57,7 @@ def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics) -> FastAPI
         names=config.served_model_name or (llm.model_name,),
         created=int(time.time()),
         fingerprint=_fingerprint(llm),
+        interceptors=(Conversations(llm.tokenizer),),
         dialects=choose(llm.tokenizer.chat_template, config.tool_parser, config.reasoning_parser),
     )
     app.state.stopping = False

@@ -44,7 +44,10 @@ class Call:
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
     """Headers that go out with the answer; interceptors add theirs before it begins."""
     context: JSON = dataclasses.field(default_factory=dict)
-    """What the endpoint knows besides: ``messages`` and ``tools`` of a conversation, ``metadata``."""
+    """What the endpoint knows besides: ``messages``, ``tools`` and ``variables`` of a conversation, the name that the
+    client gave it as ``conversation``, ``metadata``."""
+    report: JSON = dataclasses.field(default_factory=dict)
+    """What interceptors have to tell the client, should it ask."""
     prompt_token_ids: list[int] = dataclasses.field(default_factory=list)
     """Filled before the interceptors begin."""
 

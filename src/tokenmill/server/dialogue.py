@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import msgspec
+
 from tokenmill.server.service import Service
 from tokenmill.text.chat import render
-from tokenmill.text.dialect import Chain, Parsed, Parser
-from tokenmill.types import JSON, SamplingParams
+from tokenmill.text.dialect import AddedId, Chain, Parsed, Parser, lark_json, lark_text
+from tokenmill.types import JSON, SamplingParams, StructuredOutput
 
 __all__ = ["Dialogue", "begin"]
 
@@ -58,6 +61,7 @@ async def begin(
     tools: Sequence[JSON] = (),
     tool_choice: Any = None,
     parallel: bool = True,
+    structured: StructuredOutput | None = None,
     add_generation_prompt: bool = True,
     variables: Mapping[str, Any] | None = None,
 ) -> Dialogue:
@@ -67,6 +71,7 @@ async def begin(
         tools: functions in OpenAI's format.
         tool_choice: OpenAI's; None is "auto".
         parallel: whether the answer may hold several calls.
+        structured: what the answer must be, after the model's thoughts; a call that `tool_choice` demands goes before.
         variables: what else the chat template reads.
 
     Raises:
@@ -81,7 +86,29 @@ async def begin(
         return text, tokenizer.encode(text, add_special_tokens=False)
 
     text, token_ids = await _aside(sum(len(str(message.get("content"))) for message in messages), prepare)
-    return Dialogue(token_ids, params, dialects, callable_tools, text[-_TAIL:])
+    tail = text[-_TAIL:]
+    calls = dialects.grammar(tools, tool_choice, parallel, tokenizer.added_id, tail)
+    if calls is not None:
+        structured = StructuredOutput(grammar=calls)
+    elif structured is not None:
+        structured = _after_thoughts(structured, dialects, tokenizer.added_id, tail)
+    if dialects.keeps_special_tokens:
+        params = msgspec.structs.replace(params, skip_special_tokens=False)
+    return Dialogue(token_ids, msgspec.structs.replace(params, structured=structured), dialects, callable_tools, tail)
+
+
+def _after_thoughts(structured: StructuredOutput, dialects: Chain, added_id: AddedId, tail: str) -> StructuredOutput:
+    """The same demand on an answer that thoughts may precede. A grammar of the client's own is taken as it is."""
+    if structured.grammar is not None or not any("reasoning" in dialect.kinds for dialect in dialects.dialects):
+        return structured
+    if structured.regex is not None:
+        answer = f"/{structured.regex.replace('/', chr(92) + '/')}/"
+    elif structured.choice is not None:
+        answer = " | ".join(map(lark_text, structured.choice))
+    else:
+        answer = lark_json(json.loads(structured.json_schema or '{"type": "object"}'))
+    rules = dialects.reasoning_grammar(tail, added_id)
+    return StructuredOutput(grammar=f"start: reasoning answer\n{rules}answer: {answer}\n")
 
 
 async def _aside(size: int, work: Callable[[], T]) -> T:

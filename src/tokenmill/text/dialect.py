@@ -42,21 +42,25 @@ __all__ = [
     "Parsed",
     "Parser",
     "Reasoning",
-    "SpecialId",
+    "AddedId",
     "ToolArguments",
     "ToolCall",
     "choose",
     "functions_of",
     "gather",
     "lark_calls",
+    "lark_json",
     "lark_marker",
     "lark_text",
 ]
 
 Kind = Literal["reasoning", "tools"]
 
-SpecialId = Callable[[str], int | None]
-"""The id of a special token by its text, None where the tokenizer has no such token (`Tokenizer.special_id`)."""
+AddedId = Callable[[str], int | None]
+"""The id of an added token by its text, None where the tokenizer has no such token (`Tokenizer.added_id`)."""
+
+_WHITESPACE = r"\x20|\x0A(\x20{0,32}|\x09{0,8})"
+"""Between the tokens of JSON: what compact, spaced and indented texts have."""
 
 Tools = Sequence[Mapping[str, Any]]
 """Functions in OpenAI's format."""
@@ -84,7 +88,7 @@ class Dialect(ABC):
             prompt: the text before the completion, or its end: a template may have opened the thoughts already.
         """
 
-    def calls_grammar(self, functions: Functions, parallel: bool, special_id: SpecialId) -> str | None:
+    def calls_grammar(self, functions: Functions, parallel: bool, added_id: AddedId) -> str | None:
         """Rules of ``calls`` in llguidance's Lark: one call, or with `parallel` one and more.
 
         The chain also defines ``args_0``, ``args_1``, ...: the arguments of each function as JSON, in order.
@@ -92,7 +96,7 @@ class Dialect(ABC):
         """
         return None
 
-    def reasoning_grammar(self, prompt: str, special_id: SpecialId) -> str:
+    def reasoning_grammar(self, prompt: str, added_id: AddedId) -> str:
         """Rules of ``reasoning`` in llguidance's Lark: what may come before the answer."""
         return 'reasoning: ""\n'
 
@@ -132,16 +136,16 @@ class Chain:
         parser = self.parser(tools, prompt)
         return gather([*parser.push(text), *parser.finish()])
 
-    def grammar(self, tools: Tools, choice: Any, parallel: bool, special_id: SpecialId, prompt: str = "") -> str | None:
+    def grammar(self, tools: Tools, choice: Any, parallel: bool, added_id: AddedId, prompt: str = "") -> str | None:
         """A grammar in llguidance's Lark that makes the model call a function, after its thoughts.
 
         Source: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 
         Args:
             tools: the request's tools in OpenAI's format.
-            choice: OpenAI's ``tool_choice``: ``"none"``, ``"auto"``, ``"required"``, or an object that names a function.
+            choice: OpenAI's ``tool_choice``: ``"none"``, ``"auto"``, ``"required"``, or an object naming a function.
             parallel: whether there may be several calls.
-            special_id: the tokenizer's.
+            added_id: the tokenizer's.
             prompt: the text before the completion, or its end.
 
         Returns:
@@ -166,19 +170,19 @@ class Chain:
         if not functions:
             raise RequestError("unknown_tool", "tool_choice asks for a call, but there are no tools.", "tool_choice")
         for dialect in self.dialects:
-            if "tools" in dialect.kinds and (calls := dialect.calls_grammar(functions, parallel, special_id)):
-                return f"start: reasoning calls\n{self.reasoning_grammar(prompt, special_id)}{calls}{_args(functions)}"
+            if "tools" in dialect.kinds and (calls := dialect.calls_grammar(functions, parallel, added_id)):
+                return f"start: reasoning calls\n{self.reasoning_grammar(prompt, added_id)}{calls}{_args(functions)}"
         raise RequestError(
             "unsupported_tool_choice",
             "This model's tool calls cannot be forced; ask with tool_choice 'auto'.",
             "tool_choice",
         )
 
-    def reasoning_grammar(self, prompt: str, special_id: SpecialId) -> str:
+    def reasoning_grammar(self, prompt: str, added_id: AddedId) -> str:
         """Rules of ``reasoning`` in llguidance's Lark, which any grammar of an answer begins with."""
         for dialect in self.dialects:
             if "reasoning" in dialect.kinds:
-                return dialect.reasoning_grammar(prompt, special_id)
+                return dialect.reasoning_grammar(prompt, added_id)
         return 'reasoning: ""\n'
 
 
@@ -204,9 +208,9 @@ def lark_text(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def lark_marker(text: str, special_id: SpecialId) -> str:
-    """`text` in Lark: as a token where it is a special one, which a grammar of characters cannot reach, else as text."""
-    token_id = special_id(text)
+def lark_marker(text: str, added_id: AddedId) -> str:
+    """`text` in Lark: the token where it was added as one, which no grammar of characters reaches, else the text."""
+    token_id = added_id(text)
     return lark_text(text) if token_id is None else f"<[{token_id}]>"
 
 
@@ -227,10 +231,15 @@ def _choose(kind: Kind, name: str, chat_template: str) -> list[Dialect]:
     return [dialect]
 
 
+def lark_json(schema: Mapping[str, Any]) -> str:
+    """JSON of a schema in Lark, without white space that a model could go on with for ever."""
+    return "%json " + json.dumps({"x-guidance": {"whitespace_pattern": _WHITESPACE}, **schema}, ensure_ascii=False)
+
+
 def _args(functions: Functions) -> str:
     """Each function's arguments are a JSON document of their own, so that references inside its schema hold."""
     schemas = [{"type": "object", **schema} for schema in functions.values()]
-    return "".join(f"args_{i}: %json {json.dumps(schema)}\n" for i, schema in enumerate(schemas))
+    return "".join(f"args_{i}: {lark_json(schema)}\n" for i, schema in enumerate(schemas))
 
 
 class _Pipeline:

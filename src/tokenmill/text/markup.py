@@ -11,13 +11,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import msgspec
 
 from tokenmill.text.delta import Content, Delta, Functions, ToolArguments, ToolCall
 
-__all__ = ["CallParser", "Ends", "Found", "Malformed", "Read", "Reader", "StreamParser", "call_of", "checked_call"]
+__all__ = [
+    "Ends",
+    "Found",
+    "Malformed",
+    "Read",
+    "Reader",
+    "StreamParser",
+    "all_of",
+    "call_of",
+    "calls_in_content",
+    "checked_call",
+]
 
 T = TypeVar("T")
 Read = Generator[None, None, T]
@@ -67,9 +78,12 @@ class Ends:
 
     def remove(self, text: str) -> tuple[str, str]:
         """`text` without the texts, and its end that may still become one of them."""
-        text = self._pattern.sub("", text)
-        hold = len(text) - self.undecided(text)
-        return text[:hold], text[hold:]
+        kept, start = [], 0
+        for match in self._pattern.finditer(text):
+            kept.append(text[start : match.start()])
+            start = match.end()
+        hold = len(text) - self.undecided(text, start)
+        return "".join([*kept, text[start:hold]]), text[hold:]
 
 
 class Reader:
@@ -261,8 +275,10 @@ class StreamParser:
         return self.push("")
 
 
-class CallParser:
-    """A parser that looks for calls in content.
+def calls_in_content(
+    opening: str, read: Callable[[Reader], Generator[Found | None, None, None]], bare: str = ""
+) -> Callable[[Reader], Generator[Delta | Found | None, None, None]]:
+    """Content with calls in it, for `StreamParser`.
 
     Whitespace around calls is markup, not content: what stands before the first of them when nothing else does, and
     what stands after each.
@@ -271,91 +287,50 @@ class CallParser:
         opening: the text with which calls begin, anywhere; empty when there is none.
         read: reads calls from there on. It yields each as soon as it is certain, and None to get more text. When it
             raises Malformed, what it has passed since the last call is content.
-        new_id: makes the id of a call.
         bare: the character with which calls may also begin, where nothing but whitespace stands before.
     """
+    ends = Ends([opening] if opening else [])
 
-    def __init__(
-        self,
-        opening: str,
-        read: Callable[[Reader], Generator[Found | None, None, None]],
-        new_id: Callable[[], str],
-        bare: str = "",
-    ) -> None:
-        self._ends = Ends([opening] if opening else [])
-        self._read = read
-        self._calls = _Calls(new_id)
-        self._bare = bare
-        self._reader = Reader()
-        self._reading: Generator[Found | None, None, None] | None = None
-        self._spaces: list[str] = []  # may turn out to be next to a call
-        self._spacing = True
-        self._held = ""
+    def read_all(reader: Reader) -> Generator[Delta | Found | None, None, None]:
+        pending = yield from reader.spaces()  # content, unless a call is next to it
+        reader.passed.clear()
+        begins = bool(bare) and (yield from reader.peek()) == bare
+        called = False
+        while begins or (yield from reader.peek()):
+            if not begins:
+                text, end = yield from reader.until(ends)
+                if text:
+                    yield Content(pending + text)
+                    pending = ""
+                if not end:
+                    continue
+                reader.passed[:] = [end]
+            begins = False
+            try:
+                for found in read(reader):
+                    if found is not None:
+                        pending, called = "", True
+                    yield found
+                space = yield from reader.spaces()
+                pending = space if called else pending + space
+                reader.passed.clear()
+            except Malformed:
+                if text := pending + "".join(reader.passed):
+                    yield Content(text)
+                pending = ""
+        if pending and not called:
+            yield Content(pending)
 
-    def push(self, text: str) -> list[Delta]:
-        """What is certain now that `text` has come."""
-        deltas: list[Delta] = []
-        while text:
-            text = self._search(text, deltas) if self._reading is None else self._resume(text, deltas)
-        return deltas
+    return read_all
 
-    def finish(self) -> list[Delta]:
-        """What was held back."""
-        deltas: list[Delta] = []
-        self._reader.close()
-        while self._reading is not None:
-            deltas += self.push(self._resume("", deltas))
-        self._say(self._held, deltas)
-        if self._spaces and not self._calls.count:
-            deltas.append(Content("".join(self._spaces)))
-        return deltas
 
-    def _search(self, text: str, deltas: list[Delta]) -> str:
-        """Content up to the beginning of a call; returns what comes after that."""
-        text = self._held + text
-        self._held = ""
-        if self._spacing:
-            stripped = text.lstrip(_WHITESPACE)
-            self._spaces.append(text[: len(text) - len(stripped)])
-            text = stripped
-            if text and self._bare:
-                bare, self._bare = self._bare, ""
-                if text.startswith(bare):
-                    self._reading = self._read(self._reader)
-                    return text
-        if match := self._ends.search(text):
-            self._say(text[: match.start()], deltas)
-            self._reader.passed.append(match[0])
-            self._reading = self._read(self._reader)
-            return text[match.end() :]
-        hold = len(text) - self._ends.undecided(text)
-        self._say(text[:hold], deltas)
-        self._held = text[hold:]
-        return ""
-
-    def _resume(self, text: str, deltas: list[Delta]) -> str:
-        """Reads on in calls; returns what comes after the last of them."""
-        assert self._reading is not None
-        self._reader.feed(text)
-        try:
-            for found in self._reading:
-                if found is None:
-                    return ""
-                deltas += self._calls.deltas(found)
-                self._reader.passed.clear()
-                self._spaces.clear()
-                self._spacing = True
-        except Malformed:
-            self._say("".join(self._reader.passed), deltas)
-        self._reader.passed.clear()
-        self._reading = None
-        return self._reader.rest()
-
-    def _say(self, text: str, deltas: list[Delta]) -> None:
-        if text:
-            deltas.append(Content("".join([*self._spaces, text])))
-            self._spaces.clear()
-            self._spacing = False
+def all_of(reading: Read[T]) -> T:
+    """The result of reading from a closed reader, which never waits."""
+    try:
+        next(reading)
+    except StopIteration as end:
+        return cast(T, end.value)
+    raise RuntimeError("the reader is not closed")
 
 
 class _Written(msgspec.Struct):

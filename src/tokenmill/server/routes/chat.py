@@ -16,13 +16,14 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tokenmill.server.call import call_of
+from tokenmill.server.call import Call, call_of
+from tokenmill.server.conversations import cache_report
 from tokenmill.server.dialogue import Dialogue, begin
 from tokenmill.server.generation import EventStream, Usage, check_output, last_outputs, until_disconnect
 from tokenmill.server.logprobs import chat_logprobs, prompt_logprobs
 from tokenmill.server.openapi import documented
 from tokenmill.server.schemas.chat import ChatRequest
-from tokenmill.server.schemas.request import StreamOptions, parse
+from tokenmill.server.schemas.request import parse
 from tokenmill.server.service import service_of
 from tokenmill.server.sse import Framer
 from tokenmill.text.dialect import Content, Delta, Parser, Reasoning, ToolArguments, ToolCall
@@ -47,15 +48,21 @@ async def chat(request: Request) -> Response:
         tools=tools,
         tool_choice=body.chosen_tool,
         parallel=body.parallel_tool_calls is not False,
+        structured=body.structured(),
         add_generation_prompt=body.add_generation_prompt,
         variables=body.chat_template_kwargs,
     )
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-    context = {"messages": messages, "tools": tools, "metadata": body.metadata}
-    outputs = service.generate(
-        call_of(request, body, model, answer_id, dialogue.prompt_token_ids, dialogue.params, context)
-    )
-    writer = _Writer(service.llm.tokenizer, dialogue, body.include_reasoning)
+    context = {
+        "messages": messages,
+        "tools": tools,
+        "variables": body.chat_template_kwargs,
+        "conversation": body.prompt_cache_key,
+        "metadata": body.metadata,
+    }
+    call = call_of(request, body, model, answer_id, dialogue.prompt_token_ids, dialogue.params, context)
+    outputs = service.generate(call)
+    writer = _Writer(service.llm.tokenizer, dialogue, body, call)
     head: JSON = {
         "id": answer_id,
         "created": int(time.time()),
@@ -64,7 +71,7 @@ async def chat(request: Request) -> Response:
     }
     if body.stream:
         framer = Framer(head | {"object": "chat.completion.chunk"})
-        return await EventStream.begin(request, writer.events(framer, outputs, body.usage_options))
+        return await EventStream.begin(request, writer.events(framer, outputs))
     [output] = await until_disconnect(request.receive, last_outputs([outputs]))
     answer = head | {"object": "chat.completion"} | writer.answer(output)
     return Response(msgspec.json.encode(answer), media_type="application/json")
@@ -73,10 +80,13 @@ async def chat(request: Request) -> Response:
 class _Writer:
     """Writes outputs as choices."""
 
-    def __init__(self, tokenizer: Tokenizer, dialogue: Dialogue, include_reasoning: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, dialogue: Dialogue, body: ChatRequest, call: Call) -> None:
         self._tokenizer = tokenizer
         self._dialogue = dialogue
-        self._include_reasoning = include_reasoning
+        self._include_reasoning = body.include_reasoning
+        self._options = body.usage_options
+        self._cache_report = body.cache_report
+        self._call = call
         self._usage = Usage()
         self._parsers: dict[int, Parser] = {}
         self._calling: set[int] = set()
@@ -91,6 +101,8 @@ class _Writer:
         answer: JSON = {"choices": choices, "usage": self._usage.to_json()}
         if output.prompt_logprobs is not None:
             answer["prompt_logprobs"] = prompt_logprobs(self._tokenizer, output.prompt_logprobs)
+        if self._cache_report:
+            answer["cache_report"] = cache_report(self._call, output)
         return answer
 
     def _message(self, completion: CompletionOutput) -> JSON:
@@ -120,17 +132,17 @@ class _Writer:
     def _logprobs(self, completion: CompletionOutput) -> JSON | None:
         return None if completion.logprobs is None else chat_logprobs(self._tokenizer, completion.logprobs)
 
-    async def events(
-        self, framer: Framer, outputs: AsyncGenerator[RequestOutput, None], options: StreamOptions
-    ) -> AsyncGenerator[bytes, None]:
-        """Per choice: the role, its content, its finish reason; at the end the usage, if asked for."""
+    async def events(self, framer: Framer, outputs: AsyncGenerator[RequestOutput, None]) -> AsyncGenerator[bytes, None]:
+        """Per choice: the role, its content, its finish reason; at the end the usage and more, if asked for."""
+        last: RequestOutput | None = None
 
         def chunk(index: int, delta: JSON, **more: Any) -> bytes:
             choice: JSON = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} | more
-            return framer.event({"choices": [choice]} | self._usage.of_chunk(options))
+            return framer.event({"choices": [choice]} | self._usage.of_chunk(self._options))
 
         async with contextlib.aclosing(outputs):
             async for output in outputs:
+                last = output
                 self._usage.add(0, output)
                 for completion in output.outputs:
                     check_output(completion)
@@ -147,8 +159,11 @@ class _Writer:
                         logprobs = None
                     if completion.finish_reason is not None:
                         yield chunk(**self._ending(completion), delta={})
-        if options.include_usage:
-            yield framer.event({"choices": [], "usage": self._usage.to_json()})
+        more: JSON = {"usage": self._usage.to_json()} if self._options.include_usage else {}
+        if self._cache_report and last is not None:
+            more["cache_report"] = cache_report(self._call, last)
+        if more:
+            yield framer.event({"choices": []} | more)
 
     def _pieces(self, completion: CompletionOutput) -> list[JSON]:
         """What a completion adds to its message."""

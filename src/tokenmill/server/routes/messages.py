@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 
 import msgspec
 from fastapi import APIRouter
@@ -17,6 +17,7 @@ from starlette.responses import Response
 
 from tokenmill.errors import TokenmillError
 from tokenmill.server.call import call_of
+from tokenmill.server.conversations import cache_report
 from tokenmill.server.dialogue import Dialogue, begin
 from tokenmill.server.errors import anthropic_body_of
 from tokenmill.server.generation import EventStream, check_output, last_outputs, until_disconnect
@@ -48,17 +49,19 @@ async def messages(request: Request) -> Response:
         variables=body.variables,
     )
     answer_id = f"msg_{uuid.uuid4().hex}"
-    outputs = service.generate(
-        call_of(
-            request, body, model, answer_id, dialogue.prompt_token_ids, dialogue.params,
-            {"messages": shown, "tools": tools},
-        )
-    )  # fmt: skip
+    context = {"messages": shown, "tools": tools, "variables": body.variables}
+    call = call_of(request, body, model, answer_id, dialogue.prompt_token_ids, dialogue.params, context)
+    outputs = service.generate(call)
+
+    def reported(last: RequestOutput) -> JSON:
+        return {"cache_report": cache_report(call, last)} if body.cache_report else {}
+
     head: JSON = {"id": answer_id, "type": "message", "role": "assistant", "model": model}
     if body.stream:
-        return await EventStream.begin(request, _events(head, dialogue, outputs), end=b"", failure=_failure)
+        return await EventStream.begin(request, _events(head, dialogue, outputs, reported), end=b"", failure=_failure)
     [output] = await until_disconnect(request.receive, last_outputs([outputs]))
-    return Response(msgspec.json.encode(head | _answer(dialogue, output)), media_type="application/json")
+    answer = head | _answer(dialogue, output) | reported(output)
+    return Response(msgspec.json.encode(answer), media_type="application/json")
 
 
 @ROUTER.post("/v1/messages/count_tokens", **documented(CountTokensRequest))
@@ -150,7 +153,10 @@ class _Blocks:
 
 
 async def _events(
-    head: JSON, dialogue: Dialogue, outputs: AsyncGenerator[RequestOutput, None]
+    head: JSON,
+    dialogue: Dialogue,
+    outputs: AsyncGenerator[RequestOutput, None],
+    reported: Callable[[RequestOutput], JSON],
 ) -> AsyncGenerator[bytes, None]:
     parser, blocks = dialogue.parser(), _Blocks()
     generated = 0
@@ -176,7 +182,9 @@ async def _events(
                 for data in blocks.end():
                     yield data
                 ending = _stop(completion, blocks.calls)
-                yield _event("message_delta", delta=ending, usage=usage | {"output_tokens": generated})
+                yield _event(
+                    "message_delta", delta=ending, usage=usage | {"output_tokens": generated}, **reported(output)
+                )
                 yield _event("message_stop")
 
 

@@ -69,7 +69,6 @@ class ChatRequest(Generation):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
 
     # vLLM's own
     add_generation_prompt: bool = True
@@ -93,8 +92,6 @@ class ChatRequest(Generation):
         self.refuse("functions", "function_call", "audio", "web_search_options")
         if self.modalities not in (None, ["text"]):
             raise unsupported("modalities", "The only modality is text.")
-        if self.response_format is not None and self.response_format.get("type") != "text":
-            raise unsupported("response_format", "The only response_format is text.")
         if self.tools is None and self.tool_choice not in (None, "auto", "none"):
             raise RequestError("invalid_parameter", "tool_choice needs tools.", "tool_choice")
         if self.top_logprobs is not None and not self.logprobs:

@@ -190,6 +190,7 @@ class MessagesRequest(CountTokensRequest):
     cache_salt: str = ""
     priority: Int = 0
     timeout_s: Seconds | None = None
+    cache_report: bool = False
 
     @property
     def user(self) -> str | None:

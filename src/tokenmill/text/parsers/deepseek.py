@@ -19,8 +19,8 @@ import re
 from collections.abc import Generator
 from typing import ClassVar
 
-from tokenmill.text.dialect import Dialect, Functions, Kind, Parser, SpecialId, lark_marker, lark_text
-from tokenmill.text.markup import CallParser, Found, Malformed, Reader, checked_call
+from tokenmill.text.dialect import AddedId, Dialect, Functions, Kind, Parser, lark_marker, lark_text
+from tokenmill.text.markup import Found, Malformed, Reader, StreamParser, calls_in_content, checked_call
 
 _BEGIN_ALL, _END_ALL = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _BEGIN, _SEP, _END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
@@ -61,11 +61,11 @@ class DeepSeek(Dialect):
                 raise Malformed
             return checked_call(name, text, functions)
 
-        return CallParser(_BEGIN_ALL, read, self.new_id)
+        return StreamParser(calls_in_content(_BEGIN_ALL, read), self.new_id)
 
-    def calls_grammar(self, functions: Functions, parallel: bool, special_id: SpecialId) -> str:
+    def calls_grammar(self, functions: Functions, parallel: bool, added_id: AddedId) -> str:
         begin_all, end_all, begin, sep, end = (
-            lark_marker(text, special_id) for text in (_BEGIN_ALL, _END_ALL, _BEGIN, _SEP, _END)
+            lark_marker(text, added_id) for text in (_BEGIN_ALL, _END_ALL, _BEGIN, _SEP, _END)
         )
         fence, fence_json = lark_text("\n```"), "\n```json\n"
         both_forms = " | ".join(

@@ -18,6 +18,7 @@ from collections.abc import Generator
 from typing import ClassVar, NamedTuple
 
 from tokenmill.text.dialect import (
+    AddedId,
     Content,
     Delta,
     Dialect,
@@ -25,11 +26,10 @@ from tokenmill.text.dialect import (
     Kind,
     Parser,
     Reasoning,
-    SpecialId,
     lark_marker,
     lark_text,
 )
-from tokenmill.text.markup import Ends, Found, Malformed, Read, Reader, StreamParser, checked_call
+from tokenmill.text.markup import Ends, Found, Malformed, Read, Reader, StreamParser, all_of, checked_call
 
 _START, _CHANNEL, _MESSAGE, _END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
 _CONSTRAIN, _CALL = "<|constrain|>", "<|call|>"
@@ -70,14 +70,14 @@ class Harmony(Dialect):
 
         return StreamParser(read, self.new_id)
 
-    def calls_grammar(self, functions: Functions, parallel: bool, special_id: SpecialId) -> str:
+    def calls_grammar(self, functions: Functions, parallel: bool, added_id: AddedId) -> str:
         # The models make one call and then stop for its result.
-        channel, constrain, message = (lark_marker(text, special_id) for text in (_CHANNEL, _CONSTRAIN, _MESSAGE))
+        channel, constrain, message = (lark_marker(text, added_id) for text in (_CHANNEL, _CONSTRAIN, _MESSAGE))
         calls = " | ".join(f"{lark_text(f'{name} ')} json args_{i}" for i, name in enumerate(functions))
         return f'calls: {channel} "commentary to={_TO}" ({calls})\njson: {constrain} "json" {message}\n'
 
-    def reasoning_grammar(self, prompt: str, special_id: SpecialId) -> str:
-        channel, message, end, start = (lark_marker(text, special_id) for text in (_CHANNEL, _MESSAGE, _END, _START))
+    def reasoning_grammar(self, prompt: str, added_id: AddedId) -> str:
+        channel, message, end, start = (lark_marker(text, added_id) for text in (_CHANNEL, _MESSAGE, _END, _START))
         return f'reasoning: ({channel} "analysis" {message} /(.|\\n)*/ {end} {start} "assistant")?\n'
 
 
@@ -152,12 +152,9 @@ def _continued(prompt: str) -> _Header | None:
     reader.feed(header + message)
     reader.close()
     try:
-        next(_header(reader, _START))
-    except StopIteration as result:
-        return result.value
+        return all_of(_header(reader, _START))
     except Malformed:
-        pass
-    return None
+        return None
 
 
 DIALECT = Harmony()

@@ -10,8 +10,8 @@ import json
 from collections.abc import Generator
 from typing import ClassVar
 
-from tokenmill.text.dialect import Dialect, Functions, Kind, Parser, SpecialId, lark_calls, lark_marker
-from tokenmill.text.markup import CallParser, Found, Malformed, Reader, call_of
+from tokenmill.text.dialect import AddedId, Dialect, Functions, Kind, Parser, lark_calls, lark_marker
+from tokenmill.text.markup import Found, Malformed, Reader, StreamParser, call_of, calls_in_content
 
 
 class Hermes(Dialect):
@@ -32,11 +32,11 @@ class Hermes(Dialect):
                 raise Malformed
             yield call_of(text, functions)
 
-        return CallParser("<tool_call>", read, self.new_id)
+        return StreamParser(calls_in_content("<tool_call>", read), self.new_id)
 
-    def calls_grammar(self, functions: Functions, parallel: bool, special_id: SpecialId) -> str:
+    def calls_grammar(self, functions: Functions, parallel: bool, added_id: AddedId) -> str:
         calls = lark_calls(functions, lambda name: f'\n{{"name": {json.dumps(name)}, "arguments": ')
-        opening, closing = (lark_marker(tag, special_id) for tag in ("<tool_call>", "</tool_call>"))
+        opening, closing = (lark_marker(tag, added_id) for tag in ("<tool_call>", "</tool_call>"))
         more = r' ("\n" call)*' if parallel else ""
         return f'calls: call{more}\ncall: {opening} ({calls}) "}}\\n" {closing}\n'
 

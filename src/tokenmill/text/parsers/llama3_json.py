@@ -1,7 +1,7 @@
-"""Llama 3.1 to 3.3: calls are JSON objects with ``name`` and ``parameters``, separated by semicolons.
+"""Llama 3, and 4 with its own template: calls are JSON objects with ``name`` and ``parameters``, split by semicolons.
 
-They follow the token ``<|python_tag|>``, or begin the answer without it. An object with any other first key is an answer
-in JSON and goes out as it comes.
+They follow the token ``<|python_tag|>``, or begin the answer without it. An object with any other first key is an
+answer in JSON and goes out as it comes.
 
 Source: https://github.com/meta-llama/llama-models/blob/main/models/llama3_1/prompt_format.md
 """
@@ -12,8 +12,8 @@ import json
 from collections.abc import Generator
 from typing import ClassVar
 
-from tokenmill.text.dialect import Dialect, Functions, Kind, Parser, SpecialId, lark_calls
-from tokenmill.text.markup import CallParser, Found, Reader, call_of
+from tokenmill.text.dialect import AddedId, Dialect, Functions, Kind, Parser, lark_calls
+from tokenmill.text.markup import Found, Reader, StreamParser, call_of, calls_in_content
 
 _KEYS = ("name", "parameters", "arguments", "type")
 
@@ -21,10 +21,13 @@ _KEYS = ("name", "parameters", "arguments", "type")
 class Llama3Json(Dialect):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"tools"})
     keeps_special_tokens: ClassVar[bool] = True
-    dropped: ClassVar[tuple[str, ...]] = ("<|eom_id|>", "<|eot_id|>", "<|end_of_text|>")
+    dropped: ClassVar[tuple[str, ...]] = (
+        *("<|eom_id|>", "<|eot_id|>", "<|end_of_text|>"),
+        *("<|eom|>", "<|eot|>", "<|python_start|>", "<|python_end|>"),  # Llama 4
+    )
 
     def detect(self, chat_template: str) -> bool:
-        return "<|start_header_id|>" in chat_template and '"parameters": ' in chat_template.replace('\\"', '"')
+        return '{"name": function name, "parameters": dictionary' in chat_template.replace('\\"', '"')
 
     def parser(self, functions: Functions, prompt: str = "") -> Parser:
         def read(reader: Reader) -> Generator[Found | None, None, None]:
@@ -37,9 +40,9 @@ class Llama3Json(Dialect):
                     return
                 yield from reader.spaces()
 
-        return CallParser("<|python_tag|>", read, self.new_id, bare="{")
+        return StreamParser(calls_in_content("<|python_tag|>", read, bare="{"), self.new_id)
 
-    def calls_grammar(self, functions: Functions, parallel: bool, special_id: SpecialId) -> str:
+    def calls_grammar(self, functions: Functions, parallel: bool, added_id: AddedId) -> str:
         calls = lark_calls(functions, lambda name: f'{{"name": {json.dumps(name)}, "parameters": ')
         more = ' ("; " call)*' if parallel else ""
         return f'calls: call{more}\ncall: ({calls}) "}}"\n'

@@ -1,7 +1,7 @@
 """Mistral: calls follow the token ``[TOOL_CALLS]``, as a JSON list or, in newer models, as a name and its arguments.
 
-``[TOOL_CALLS] [{"name": "f", "arguments": {}}]`` up to version 7 of the tokenizer, ``[TOOL_CALLS]f[ARGS]{}`` from version
-11 on, where the opening is repeated for each call and version 11 puts ``[CALL_ID]`` and an id before ``[ARGS]``.
+``[TOOL_CALLS] [{"name": "f", "arguments": {}}]`` up to version 7 of the tokenizer, ``[TOOL_CALLS]f[ARGS]{}`` from
+version 11 on, where the opening is repeated for each call. Version 11 puts ``[CALL_ID]`` and an id before ``[ARGS]``.
 
 Source: https://github.com/mistralai/mistral-common (``tokens/tokenizers/instruct.py``)
 """
@@ -15,8 +15,8 @@ import string
 from collections.abc import Generator
 from typing import ClassVar
 
-from tokenmill.text.dialect import Dialect, Functions, Kind, Parser, SpecialId, lark_calls, lark_marker
-from tokenmill.text.markup import CallParser, Found, Malformed, Reader, call_of, checked_call
+from tokenmill.text.dialect import AddedId, Dialect, Functions, Kind, Parser, lark_calls, lark_marker
+from tokenmill.text.markup import Found, Malformed, Reader, StreamParser, call_of, calls_in_content, checked_call
 
 _NAME = re.compile(r"[\w.\-]+")
 _ID = re.compile(r"\w+")
@@ -54,11 +54,11 @@ class Mistral(Dialect):
             yield from reader.spaces()
             yield checked_call(name, (yield from reader.json()), functions)
 
-        return CallParser("[TOOL_CALLS]", read, self.new_id)
+        return StreamParser(calls_in_content("[TOOL_CALLS]", read), self.new_id)
 
-    def calls_grammar(self, functions: Functions, parallel: bool, special_id: SpecialId) -> str:
-        opening = lark_marker("[TOOL_CALLS]", special_id)
-        args = special_id("[ARGS]")
+    def calls_grammar(self, functions: Functions, parallel: bool, added_id: AddedId) -> str:
+        opening = lark_marker("[TOOL_CALLS]", added_id)
+        args = added_id("[ARGS]")
         if args is None:
             calls = lark_calls(functions, lambda name: f'{{"name": {json.dumps(name)}, "arguments": ')
             more = ' (", " call)*' if parallel else ""

@@ -15,8 +15,8 @@ import re
 from collections.abc import Generator, Mapping
 from typing import Any, ClassVar
 
-from tokenmill.text.dialect import Dialect, Functions, Kind, Parser, SpecialId, lark_text
-from tokenmill.text.markup import CallParser, Found, Malformed, Reader, checked_call
+from tokenmill.text.dialect import AddedId, Dialect, Functions, Kind, Parser, lark_json, lark_text
+from tokenmill.text.markup import Found, Malformed, Reader, StreamParser, calls_in_content, checked_call
 
 _NAME = re.compile(r"[\w.]+")
 _WORDS = {"true": True, "false": False, "null": None}
@@ -42,9 +42,9 @@ class Pythonic(Dialect):
                     return
                 yield from reader.expect(",")
 
-        return CallParser("", read, self.new_id, bare="[")
+        return StreamParser(calls_in_content("", read, bare="["), self.new_id)
 
-    def calls_grammar(self, functions: Functions, parallel: bool, special_id: SpecialId) -> str:
+    def calls_grammar(self, functions: Functions, parallel: bool, added_id: AddedId) -> str:
         calls = " | ".join(f"call_{i}" for i in range(len(functions)))
         more = ' (", " call)*' if parallel else ""
         rules = [f'calls: "[" call{more} "]"\n', f"call: {calls}\n"]
@@ -107,7 +107,7 @@ def _keywords(index: int, schema: Mapping[str, Any]) -> tuple[str, list[str]]:
     optional = [name for name in properties if name not in required]
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     rule = {name: f"value_{index}_{i}" for i, name in enumerate(properties)}
-    rules = [f"{rule[name]}: %json {json.dumps({**shared, **properties[name]})}\n" for name in properties]
+    rules = [f"{rule[name]}: {lark_json({**shared, **properties[name]})}\n" for name in properties]
     word = {name: f"{lark_text(f'{name}=')} {rule[name]}" for name in properties}
     after = [f'(", " {word[name]})?' for name in optional]
     if required:

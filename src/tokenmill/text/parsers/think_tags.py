@@ -13,6 +13,7 @@ from collections.abc import Generator
 from typing import ClassVar
 
 from tokenmill.text.dialect import (
+    AddedId,
     Content,
     Delta,
     Dialect,
@@ -20,7 +21,6 @@ from tokenmill.text.dialect import (
     Kind,
     Parser,
     Reasoning,
-    SpecialId,
     lark_marker,
     lark_text,
 )
@@ -57,10 +57,10 @@ class ThinkTags(Dialect):
 
         return StreamParser(read, self.new_id)
 
-    def reasoning_grammar(self, prompt: str, special_id: SpecialId) -> str:
-        close = special_id(_CLOSE)
-        thought = f"thought[lazy]: /(.|\\n)*<\\/think>/\n" if close is None else f"thought: /(.|\\n)*/ <[{close}]>\n"
-        opening = "" if _opened(prompt) else lark_marker(_OPEN, special_id)
+    def reasoning_grammar(self, prompt: str, added_id: AddedId) -> str:
+        close = added_id(_CLOSE)
+        thought = "thought[lazy]: /(.|\\n)*<\\/think>/\n" if close is None else f"thought: /(.|\\n)*/ <[{close}]>\n"
+        opening = "" if _opened(prompt) else lark_marker(_OPEN, added_id)
         optional = "" if _opened(prompt) else "?"
         return f"reasoning: ({opening} thought {lark_text(chr(10))}~0..2){optional}\n{thought}"
 
