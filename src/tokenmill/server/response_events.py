@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tokenmill.errors import EngineError, RequestError, TokenmillError
@@ -32,9 +32,17 @@ class ResponseWriter:
     Args:
         head: the response's fields; those that grow are filled in here.
         block_size: of the prefix cache, in tokens.
+        more: what the response tells besides when it is complete.
     """
 
-    def __init__(self, head: JSON, dialogue: Dialogue, tokenizer: Tokenizer, block_size: int) -> None:
+    def __init__(
+        self,
+        head: JSON,
+        dialogue: Dialogue,
+        tokenizer: Tokenizer,
+        block_size: int,
+        more: Callable[[RequestOutput], JSON],
+    ) -> None:
         self.response: JSON = head | {
             "status": "in_progress",
             "error": None,
@@ -47,6 +55,7 @@ class ResponseWriter:
         self._parser = dialogue.parser()
         self._tokenizer = tokenizer
         self._block_size = block_size
+        self._more = more
         self._sequence = 0
         self._open: JSON | None = None
         """The item that is being written; the last of the output."""
@@ -132,6 +141,7 @@ class ResponseWriter:
             "output_tokens_details": {"reasoning_tokens": self._reasoned},
             "total_tokens": prompt + self._generated,
         }
+        self.response |= self._more(output)
         if cut:
             self.response["status"] = "incomplete"
             self.response["incomplete_details"] = {"reason": "max_output_tokens"}

@@ -272,7 +272,6 @@ async def test_logprobs(client: openai.AsyncOpenAI, llm: Any) -> None:
 
 
 async def test_items_are_shown_as_messages(client: openai.AsyncOpenAI, llm: Any) -> None:
-    llm.tokenizer = dataclasses.replace(llm.tokenizer) if dataclasses.is_dataclass(llm.tokenizer) else llm.tokenizer
     await ask(
         client,
         instructions="One.",
@@ -508,6 +507,14 @@ async def test_truncation_drops_the_oldest_steps(client: openai.AsyncOpenAI, llm
         ({"n": 2}, "n", "unsupported_parameter"),
         ({"temperature": -1}, "temperature", "invalid_parameter"),
         ({"top_logprobs": 99}, "top_logprobs", "invalid_parameter"),
+        ({"text": {"format": {"type": "yaml"}}}, "text.format.type", "invalid_parameter"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema", "missing_parameter"),
+        (
+            {"text": {"format": {"type": "json_object"}}, "guided_regex": "a"},
+            "text.format",
+            "invalid_parameter",
+        ),
+        ({"response_format": {"type": "text"}}, "response_format", "unsupported_parameter"),
         ({"conversation": "c"}, "conversation", "unsupported_parameter"),
         ({"prompt": {"id": "p"}}, "prompt", "unsupported_parameter"),
         ({"context_management": []}, "context_management", "unsupported_parameter"),
@@ -526,6 +533,45 @@ async def test_a_wrong_request_is_refused_with_its_field(
     error = answer.json()["error"]
     assert (error["param"], error["code"]) == (param, code)
     assert llm.calls == []
+
+
+async def test_a_format_reaches_the_engine_after_the_thoughts(client: openai.AsyncOpenAI, llm: Any) -> None:
+    class Sum(pydantic.BaseModel):
+        total: int
+
+    llm.pieces = ['{"total"', ": 3}"]
+    answer = await client.responses.parse(model="scripted", input="Hi", text_format=Sum)
+    assert answer.output_parsed == Sum(total=3)
+    assert answer.text.format.type == "json_schema"  # type: ignore[union-attr]
+    [call] = llm.calls
+    assert '"total"' in call.params.structured.grammar
+    assert "think" in call.params.structured.grammar
+    async with client.responses.stream(model="scripted", input="Hi", text_format=Sum) as stream:
+        assert (await stream.get_final_response()).output_parsed == Sum(total=3)
+
+
+async def test_a_tool_can_be_demanded(client: openai.AsyncOpenAI, llm: Any) -> None:
+    other = {**TOOL, "name": "other"}
+    await ask(client, tools=[TOOL, other], tool_choice={"type": "function", "name": "other"})
+    await ask(
+        client,
+        tools=[TOOL, other],
+        tool_choice={"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "add"}]},
+    )
+    await ask(client, tools=[TOOL, other], tool_choice="none")
+    named, allowed, none = [call.params.structured for call in llm.calls]
+    assert '"other' in named.grammar.replace("\\", "")
+    assert '"add' not in named.grammar.replace("\\", "")
+    assert '"other' not in allowed.grammar.replace("\\", "")
+    assert none is None
+    shown = [llm.tokenizer.decode(call.prompt).partition("<user>")[0] for call in llm.calls]
+    assert shown == ["[add][other]", "[add]", ""]
+
+
+async def test_the_cache_is_explained_on_request(client: openai.AsyncOpenAI) -> None:
+    answer = await ask(client, extra_body={"cache_report": True})
+    assert "cache_report" in answer.model_extra
+    assert "cache_report" not in (await ask(client)).model_extra
 
 
 class _Keys:

@@ -20,6 +20,7 @@ from starlette.responses import Response
 from tokenmill.server.backlog import backlog_of
 from tokenmill.server.call import call_of
 from tokenmill.server.compaction import Compaction, compact, extract, steps_of
+from tokenmill.server.conversations import cache_report
 from tokenmill.server.dialogue import Dialogue, begin
 from tokenmill.server.generation import EventStream, last_outputs, until_disconnect
 from tokenmill.server.items import messages_of, normalized
@@ -31,7 +32,7 @@ from tokenmill.server.responses import Making
 from tokenmill.server.schemas.request import parse
 from tokenmill.server.schemas.responses import CompactRequest, ResponsesRequest
 from tokenmill.server.service import Service, service_of
-from tokenmill.types import JSON, SamplingParams
+from tokenmill.types import JSON, RequestOutput, SamplingParams
 
 ROUTER = APIRouter()
 
@@ -67,7 +68,11 @@ async def create_response(request: Request) -> Response:
         "store": body.store is not False and responses.keeps,
         **body.echo(),
     }
-    writer = ResponseWriter(head, dialogue, service.llm.tokenizer, service.llm.stats.block_size)
+
+    def more(output: RequestOutput) -> JSON:
+        return {"cache_report": cache_report(call, output)} if body.cache_report else {}
+
+    writer = ResponseWriter(head, dialogue, service.llm.tokenizer, service.llm.stats.block_size, more)
     making = Making(writer, service.generate(call), owner, items, len(before))
     if body.background:
         run = await responses.launch(making)
@@ -95,6 +100,7 @@ async def _dialogue(service: Service, body: ResponsesRequest, items: list[JSON])
             tools=body.callable_tools,
             tool_choice=body.chosen_tool,
             parallel=body.parallel_tool_calls is not False,
+            structured=body.structured(),
             variables=body.variables,
         )
 

@@ -5,14 +5,15 @@ Source: https://platform.openai.com/docs/api-reference/responses
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from tokenmill.errors import RequestError
 from tokenmill.server.schemas.batches import Metadata
-from tokenmill.server.schemas.request import Generation, Int, Strict, unsupported
-from tokenmill.types import JSON, SamplingParams
+from tokenmill.server.schemas.request import Generation, Int, JsonSchema, Strict, unsupported
+from tokenmill.types import JSON, SamplingParams, StructuredOutput
 
 __all__ = ["CompactRequest", "ResponsesRequest"]
 
@@ -60,10 +61,20 @@ class AllowedTools(Strict):
     tools: list[NamedTool]
 
 
-class TextFormat(_Open):
-    """What the text must be."""
+class TextFormat(JsonSchema):
+    """What the text must be. The fields beside the type are those of a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
+
+    def structured(self) -> StructuredOutput | None:
+        """As the engine takes it."""
+        if self.type == "json_object":
+            return StructuredOutput(json_object=True)
+        if self.type == "text":
+            return None
+        if self.json_schema is None:
+            raise RequestError("missing_parameter", "text.format.schema is missing.", "text.format.schema")
+        return StructuredOutput(json_schema=json.dumps(self.json_schema, ensure_ascii=False))
 
 
 class TextConfig(Strict):
@@ -138,8 +149,8 @@ class ResponsesRequest(_Conversation, Generation):
             raise unsupported("max_tokens", "It is called max_output_tokens here.")
         if self.background and self.store is False:
             raise RequestError("invalid_parameter", "background needs store.", "background")
-        if self.format["type"] != "text":
-            raise unsupported("text.format", "The only text.format is text.")
+        if self.response_format is not None:
+            raise unsupported("response_format", "It is called text.format here.")
         if not self.tools and self.tool_choice not in (None, "auto", "none"):
             raise RequestError("invalid_parameter", "tool_choice needs tools.", "tool_choice")
         known = {tool.name for tool in self.tools or ()}
@@ -155,6 +166,15 @@ class ResponsesRequest(_Conversation, Generation):
             max_tokens=self.max_output_tokens, logprobs=(self.top_logprobs or 0) if self.with_logprobs else None
         )
 
+    def structured(self) -> StructuredOutput | None:
+        other = super().structured()
+        found = None if self.text is None or self.text.format is None else self.text.format.structured()
+        if found is not None and other is not None:
+            raise RequestError(
+                "invalid_parameter", "text.format and vLLM's own fields cannot be asked for together.", "text.format"
+            )
+        return found or other
+
     @property
     def with_logprobs(self) -> bool:
         """Whether log probabilities are asked for."""
@@ -164,7 +184,7 @@ class ResponsesRequest(_Conversation, Generation):
     def format(self) -> JSON:
         """``text.format``."""
         given = self.text.format if self.text is not None else None
-        return {"type": "text"} if given is None else given.model_dump(exclude_unset=True)
+        return {"type": "text"} if given is None else given.model_dump(exclude_unset=True, by_alias=True)
 
     @property
     def callable_tools(self) -> list[JSON]:
