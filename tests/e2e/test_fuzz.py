@@ -28,6 +28,9 @@ VALID: dict[str, dict[str, Any]] = {
     "/v1/completions": COMPLETION | {"logprobs": 1, "echo": True, "top_p": 0.5},
     "/v1/messages": CHAT | {"system": "Be brief."},
     "/v1/messages/count_tokens": {"model": "tiny", "messages": CHAT["messages"]},
+    "/v1/responses": {"model": "tiny", "input": CHAT["messages"], "max_output_tokens": 2, "store": False},
+    "/v1/responses/compact": {"model": "tiny", "input": CHAT["messages"], "token_budget": 20},
+    "/v1/batches": {"input_file_id": "file-x", "endpoint": "/v1/completions", "completion_window": "24h"},
 }
 ODD: list[Any] = [
     None, True, 0, -1, 2**63, -(2**64), 10**40, 1.5, 1e308, "", "x", "\0", "\ud800", "😀", "x" * 5000, [], [[]], {},
