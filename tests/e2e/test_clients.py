@@ -4,12 +4,15 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
 import openai
 import pydantic
 import pytest
+
+from tokenmill.models.folder import resolve
 
 ASK = [{"role": "user", "content": "What is 217 + 145?"}]
 WEATHER = {
@@ -137,3 +140,23 @@ print(json.dumps([whole.choices[0].message.content, "".join(parts), call.functio
     assert "362" in whole
     assert streamed == whole
     assert (name, json.loads(arguments)) == ("get_weather", {"city": "Paris"})
+
+
+def test_guidellm_measures_the_server(demo_server: Any, tmp_path: Path) -> None:
+    """The load generator gets every answer, of the length that it asked for."""
+    program = Path(sys.executable).with_name("guidellm")
+    report = tmp_path / "report.json"
+    done = subprocess.run(
+        [
+            program, "run", "--backend", f"kind=openai_http,target={demo_server.url},model=demo",
+            "--profile", "kind=concurrent,streams=4", "--constraint", "kind=max_requests,count=20",
+            "--tokenizer", f"kind=hf_auto,model={resolve('demo')}",
+            "--data", "kind=synthetic_text,prompt_tokens=48,output_tokens=16",
+            "--output", f"kind=json,path={report}", "--disable-console",
+        ],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    [benchmark] = json.loads(report.read_text())["benchmarks"]
+    assert benchmark["metrics"]["request_totals"] == {"successful": 20, "errored": 0, "incomplete": 0, "total": 20}
+    assert benchmark["metrics"]["output_token_count"]["successful"]["mean"] == 16

@@ -31,6 +31,12 @@ VALID: dict[str, dict[str, Any]] = {
     "/v1/responses": {"model": "tiny", "input": CHAT["messages"], "max_output_tokens": 2, "store": False},
     "/v1/responses/compact": {"model": "tiny", "input": CHAT["messages"], "token_budget": 20},
     "/v1/batches": {"input_file_id": "file-x", "endpoint": "/v1/completions", "completion_window": "24h"},
+    "/v1/embeddings": {"model": "tiny", "input": ["Hi", "ho"], "dimensions": 4, "encoding_format": "base64"},
+    "/v1/rerank": {"model": "tiny", "query": "Hi", "documents": ["a", {"text": "b"}], "top_n": 1},
+    "/v1/score": {"model": "tiny", "text_1": "Hi", "text_2": ["a", "b"]},
+    "/tokenize": {"model": "tiny", "prompt": "Hi", "return_token_strs": True, "add_special_tokens": True},
+    "/detokenize": {"model": "tiny", "tokens": [72, 105]},
+    "/v1/chat/render": CHAT | {"tools": [], "chat_template_kwargs": {}},
 }
 ODD: list[Any] = [
     None, True, 0, -1, 2**63, -(2**64), 10**40, 1.5, 1e308, "", "x", "\0", "\ud800", "😀", "x" * 5000, [], [[]], {},

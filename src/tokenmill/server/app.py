@@ -10,7 +10,7 @@ import hashlib
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import uvicorn
@@ -27,15 +27,19 @@ from tokenmill.errors import ConfigError, RequestError, TokenmillError
 from tokenmill.llm import AsyncLLM
 from tokenmill.registry import Registry
 from tokenmill.server.backlog import Backlog
-from tokenmill.server.config import ServerConfig
+from tokenmill.server.config import SCORERS, ServerConfig
 from tokenmill.server.conversations import Conversations
 from tokenmill.server.errors import response_of
+from tokenmill.server.loopback import Loopback
 from tokenmill.server.metrics import Metrics
+from tokenmill.server.middleware.access import Access
 from tokenmill.server.middleware.body_limit import BodyLimit
 from tokenmill.server.middleware.request_id import RequestId
 from tokenmill.server.openapi import describe
 from tokenmill.server.service import Service
-from tokenmill.server.state import State, state_folder
+from tokenmill.server.state import State
+from tokenmill.server.store import state_folder
+from tokenmill.server.tenants import Tenants, tenants_opened
 from tokenmill.text.dialect import choose
 
 __all__ = ["create_app", "serve"]
@@ -47,8 +51,15 @@ _FLUSH_S = 5.0
 """How long connections may take to send what is already produced, once the engine is idle."""
 
 
-def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics) -> FastAPI:
-    """The ASGI app. ``app.state.stopping`` is set once the server shuts down."""
+def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics, tenants: Tenants | None = None) -> FastAPI:
+    """The ASGI app. ``app.state.stopping`` is set once the server shuts down.
+
+    Args:
+        tenants: whom it serves; None is everybody.
+    """
+    tenants = tenants or Tenants()
+    accounting = tenants.accounting(llm.max_model_len)
+    metrics.add(accounting)
     app = FastAPI(title="tokenmill", version=tokenmill.__version__, docs_url=None, redoc_url=None)
     app.openapi = functools.partial(describe, app)  # type: ignore[method-assign]
     app.state.service = service = Service(
@@ -57,15 +68,18 @@ def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics) -> FastAPI
         names=config.served_model_name or (llm.model_name,),
         created=int(time.time()),
         fingerprint=_fingerprint(llm),
-        interceptors=(Conversations(llm.tokenizer),),
+        interceptors=(accounting, Conversations(llm.tokenizer)),
         dialects=choose(llm.tokenizer.chat_template, config.tool_parser, config.reasoning_parser),
     )
+    app.state.scorer = SCORERS.get(config.score_by)
+    app.state.tenants = tenants
     app.state.stopping = False
-    state = State(state_folder(config.store.state))
-    app.state.backlog = Backlog(state, service, _endpoints(app.state), config.keep)
+    state = State(state_folder(config.store))
+    app.state.backlog = Backlog(state, service, Loopback(_endpoints(app.state), tenants.current), config.keep)
     _furnish(app)
     uploads = {"/v1/files": int(config.keep.max_file_mib * 2**20)}
     app.add_middleware(BodyLimit, limit=int(config.max_body_mib * 2**20), uploads=uploads)
+    app.add_middleware(Access, recognize=tenants.recognize, admin_port=config.access.admin_port)
     app.add_middleware(RequestId)  # the last one added is the first to see a request
     return app
 
@@ -131,20 +145,36 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     names = server_config.served_model_name or (engine_config.model.model,)
     config = dataclasses.replace(server_config, served_model_name=names)
     with _bind(config) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_serve(engine_config, config, listener))
+        return runner.run(_serve_tenants(engine_config, config, listener))
 
 
-async def _serve(engine_config: EngineConfig, config: ServerConfig, listener: socket.socket) -> int:
+async def _serve_tenants(engine_config: EngineConfig, config: ServerConfig, listener: socket.socket) -> int:
+    """Opens what the server knows of those who use it, and the port for administrators if they have their own."""
+    with contextlib.ExitStack() as stack:
+        admin = []
+        if config.access.admin_port is not None:
+            admin.append(stack.enter_context(_bind(dataclasses.replace(config, port=config.access.admin_port))))
+        async with tenants_opened(config) as tenants:
+            return await _serve(engine_config, config, listener, tenants, admin)
+
+
+async def _serve(
+    engine_config: EngineConfig,
+    config: ServerConfig,
+    listener: socket.socket,
+    tenants: Tenants | None = None,
+    more: Sequence[socket.socket] = (),
+) -> int:
     metrics = Metrics(config.served_model_name[0])
     with _signals() as (stop, hurry):
         llm = await _unless(stop, AsyncLLM.start(engine_config, metrics))
         if llm is None:
             return 0
         try:
-            app = create_app(llm, config, metrics)
+            app = create_app(llm, config, metrics, tenants)
             await app.state.backlog.start()
             server = _Server(app, lambda: _announce(config, listener))
-            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            serving = asyncio.create_task(server.serve(sockets=[listener, *more]))
             await _unless(stop, asyncio.shield(serving))
             app.state.stopping = True
             await app.state.backlog.batches.close()

@@ -7,7 +7,6 @@ import logging
 from typing import cast
 
 from starlette.requests import Request
-from starlette.types import ASGIApp
 
 from tokenmill.errors import TokenmillError
 from tokenmill.server.batches import Batches
@@ -28,16 +27,16 @@ class Backlog:
     """The kept objects of a server and the work on them.
 
     Args:
-        endpoints: all routes, behind nothing that asks for keys.
+        endpoints: the server's own.
     """
 
-    def __init__(self, state: State, service: Service, endpoints: ASGIApp, config: KeepConfig) -> None:
+    def __init__(self, state: State, service: Service, endpoints: Loopback, config: KeepConfig) -> None:
         self._state = state
         self.files = Files(state)
         self.batches = Batches(
             state,
             self.files,
-            Loopback(endpoints),
+            endpoints,
             lambda: service.llm.stats.waiting,
             service.names,
             config.batch_concurrency,

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from tokenmill.config import option
+from tokenmill.registry import Registry
 
-__all__ = ["KeepConfig", "ServerConfig", "StoreConfig"]
+__all__ = ["SCORERS", "AccessConfig", "KeepConfig", "ServerConfig", "StoreConfig", "UsageConfig"]
+
+
+SCORERS: Registry[Any] = Registry("tokenmill.server.scorers", "scorers", "SCORER")
+"""Ways to score how well texts match: each module defines ``SCORER``, a `server.scoring.Scorer`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +20,28 @@ class StoreConfig:
     """Where the server keeps what outlives it."""
 
     state: str = option("", "folder for what the server keeps; empty is ~/.local/state/tokenmill")
+    database: str = option("", "postgresql://... for keys and usage; empty is an SQLite file in the state folder")
+
+
+@dataclasses.dataclass(frozen=True)
+class AccessConfig:
+    """Who may ask for what."""
+
+    auth: bool = option(False, "whether a key is needed; see `tokenmill keys`")
+    salt_caches: bool = option(True, "whether keys are kept from sharing cached prefixes")
+    admin_port: int | None = option(None, "port for /admin and /metrics, instead of the public one", low=1, high=65535)
+    redis: str = option("", "redis://... to count limits for several servers together; empty counts in memory")
+
+
+@dataclasses.dataclass(frozen=True)
+class UsageConfig:
+    """What is written down about requests, and what they cost."""
+
+    ledger: bool = option(True, "whether tokens, times and cost of each request are written to the database")
+    keep_usage_days: int = option(400, "usage older than so many days is deleted", low=1, high=36_500)
+    dollars_per_hour: float = option(0.0, "price of this machine, shared by the requests that are in it", low=0)
+    dollars_per_million_input: float = option(0.0, "price of prompt tokens", low=0)
+    dollars_per_million_output: float = option(0.0, "price of generated tokens", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +62,12 @@ class ServerConfig:
     served_model_name: tuple[str, ...] = option((), "names of the model in the API; none takes the model's own")
     tool_parser: str = option("auto", "how the model writes tool calls: auto, none, or a name from docs/tools.md")
     reasoning_parser: str = option("auto", "how the model writes its thoughts: auto, none, or a name")
+    score_by: str = option(
+        "embedding", "what rerank and score compare: embeddings, or how likely the model says yes", choices=SCORERS
+    )
     max_body_mib: float = option(32.0, "largest request body", low=0.001)
     drain_timeout_s: float = option(30.0, "how long running requests may go on after SIGTERM", low=0)
     store: StoreConfig = dataclasses.field(default_factory=StoreConfig)
     keep: KeepConfig = dataclasses.field(default_factory=KeepConfig)
+    access: AccessConfig = dataclasses.field(default_factory=AccessConfig)
+    usage: UsageConfig = dataclasses.field(default_factory=UsageConfig)

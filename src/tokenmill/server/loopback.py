@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import uuid
+from collections.abc import Callable
 
+import msgspec
 from starlette.types import ASGIApp, Message, Scope
 
+from tokenmill.errors import RequestError
+from tokenmill.server.errors import body_of, status_of
 from tokenmill.server.principal import Principal
 
 __all__ = ["Answer", "Loopback"]
@@ -26,10 +31,12 @@ class Loopback:
 
     Args:
         app: the endpoints, behind nothing that asks for keys.
+        current: what somebody may now; None when the key was revoked or has expired.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, current: Callable[[Principal], Principal | None]) -> None:
         self._app = app
+        self._current = current
 
     async def post(self, path: str, body: bytes, principal: Principal, priority: int) -> Answer:
         """One request with a JSON body.
@@ -37,6 +44,10 @@ class Loopback:
         Args:
             priority: takes the place of what the body says.
         """
+        now = self._current(principal)
+        if now is None:
+            error = RequestError("invalid_api_key", "The key that asked for this is not valid any more.")
+            return Answer(status_of(error), uuid.uuid4().hex, msgspec.json.encode(body_of(error)))
         scope: Scope = {
             "type": "http",
             "asgi": {"version": "3.0"},
@@ -50,7 +61,7 @@ class Loopback:
             "headers": [(b"content-type", b"application/json")],
             "server": ("loopback", None),
             "client": None,
-            "state": {"principal": principal, "priority": priority},
+            "state": {"principal": now, "priority": priority},
         }
         unread = [body]
         status, request_id, pieces = 500, "", bytearray()

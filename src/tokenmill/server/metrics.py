@@ -83,6 +83,10 @@ class Metrics:
         family = Histogram(name, help, tuple(self._labels), buckets=buckets, registry=self._registry)
         return family.labels(**self._labels)
 
+    def add(self, collector: Collector) -> None:
+        """Renders what `collector` yields beside our own."""
+        self._registry.register(collector)
+
     def render(self, stats: EngineStats) -> bytes:
         """Everything in Prometheus' text format, the engine being in this state."""
         self._engine.stats = stats

@@ -23,7 +23,7 @@ import msgspec
 from tokenmill.errors import RequestError, UnavailableError
 from tokenmill.types import JSON
 
-__all__ = ["Order", "Page", "State", "Stored", "state_folder"]
+__all__ = ["Order", "Page", "State", "Stored"]
 
 Order = Literal["asc", "desc"]
 
@@ -46,11 +46,6 @@ CREATE INDEX IF NOT EXISTS objects_expiring ON objects (expires) WHERE expires I
 """
 _COLUMNS = "id, owner, holder, expires, body, private"
 _BUSY_S = 5.0
-
-
-def state_folder(state: str) -> Path:
-    """The folder for what the server keeps: `state`, or ``~/.local/state/tokenmill`` when it is empty."""
-    return Path(state).expanduser() if state else Path.home() / ".local" / "state" / "tokenmill"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from tokenmill.server.batches import PRIORITY
 from tokenmill.server.config import ServerConfig
 from tokenmill.server.metrics import Metrics
 from tokenmill.server.principal import Principal
+from tokenmill.server.tenants import Tenants
 
 CHAT = "/v1/chat/completions"
 
@@ -365,3 +366,28 @@ async def test_files_and_batches_belong_to_the_key_that_made_them(as_key: Any, l
         assert {(call.tenant, call.cache_salt, call.priority) for call in llm.calls} == {
             ("anna", "salt of anna", PRIORITY + 5)
         }
+
+
+async def test_a_batch_ends_with_its_key(llm: Any, config: ServerConfig) -> None:
+    """Keys, limits and names are those of the moment at which a line is run."""
+
+    class Ring:
+        revoked = False
+
+        def recognize(self, secret: str) -> Principal:
+            return Principal(key_id=secret)
+
+        def current(self, principal: Principal) -> Principal | None:
+            return None if self.revoked else Principal(key_id=principal.key_id, priority=3)
+
+    ring = Ring()
+    app = create_app(llm, config, Metrics("scripted"), Tenants(keyring=ring))  # type: ignore[arg-type]
+    http = httpx2.AsyncClient(transport=httpx2.ASGITransport(app=app))
+    async with openai.AsyncOpenAI(base_url="http://server/v1", api_key="anna", http_client=http) as client:  # type: ignore[arg-type]
+        await ended(client, await begun(client, lines(1)))
+        ring.revoked = True
+        batch = await ended(client, await begun(client, lines(1)))
+        [entry] = await answers(client, batch.error_file_id)
+    assert [(call.tenant, call.priority) for call in llm.calls] == [("anna", PRIORITY + 3)]
+    assert (entry["response"]["status_code"], entry["response"]["body"]["error"]["code"]) == (401, "invalid_api_key")
+    await app.state.backlog.close()
