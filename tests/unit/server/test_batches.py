@@ -117,6 +117,15 @@ async def test_completions_too(client: openai.AsyncOpenAI) -> None:
     assert [choice["text"] for choice in entry["response"]["body"]["choices"]] == ["Hello world"] * 2
 
 
+async def test_embeddings_too(client: openai.AsyncOpenAI, http: httpx2.AsyncClient) -> None:
+    body = {"input": ["a", "b"]}
+    entries = [{"custom_id": "a", "method": "POST", "url": "/v1/embeddings", "body": body}]
+    batch = await ended(client, await begun(client, entries, "/v1/embeddings"))
+    [entry] = await answers(client, batch.output_file_id)
+    assert entry["response"]["body"]["data"] == (await http.post("/v1/embeddings", json=body)).json()["data"]
+    assert batch.usage.input_tokens == entry["response"]["body"]["usage"]["prompt_tokens"] > 0
+
+
 @pytest.mark.parametrize(
     ("entries", "code", "line", "param"),
     [
