@@ -57,7 +57,15 @@ class RequestError(TokenmillError):
 
 
 class UnavailableError(TokenmillError):
-    """The request is fine but cannot be taken now."""
+    """The request is fine but cannot be taken now.
+
+    Args:
+        retry_after_s: when it is worth asking again, as far as that can be known.
+    """
+
+    def __init__(self, code: str, message: str, field: str | None = None, retry_after_s: float = 1.0) -> None:
+        super().__init__(code, message, field)
+        self.retry_after_s = retry_after_s
 
 
 class EngineError(TokenmillError):

@@ -1,7 +1,7 @@
 """`LLM` and `AsyncLLM`: text in, text out. The one place where text and engine meet.
 
 `LLM` runs the engine in this process and blocks; `AsyncLLM` runs it in a process of its own and streams. Both spread
-the `n` completions of a call over engine requests and put the pieces together again through the same `_Call`.
+the `n` completions of a call over engine requests and put the pieces together again through the same `Call`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import dataclasses
 import functools
 import itertools
 import time
-from array import array
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from pathlib import Path
+from typing import Any, cast
 
 import msgspec
 
+from tokenmill.calls import Call, Mailbox
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.events import Event
@@ -27,206 +28,22 @@ from tokenmill.engine.messages import Refused, Step
 from tokenmill.errors import EngineError, RequestError, UnavailableError
 from tokenmill.models.config import ModelConfig
 from tokenmill.models.folder import read_pooling, resolve
+from tokenmill.observer import NO_OBSERVER, Health, Observer
 from tokenmill.prompt import Prompt, as_prompts, text_and_ids, with_bad_words
-from tokenmill.text.stream import TextStream
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.types import (
     CompletionOutput,
-    EngineOutput,
-    EngineRequest,
     EngineStats,
-    FinishReason,
     PoolingParams,
     RequestOutput,
-    RequestStats,
     SamplingParams,
 )
-
-if TYPE_CHECKING:
-    from tokenmill.engine.client import EngineClient
 
 __all__ = ["LLM", "NO_OBSERVER", "AsyncLLM", "Health", "Observer", "Prompt"]
 
 
 Conversation = Sequence[Mapping[str, Any]]
 """Messages with `role` and `content`."""
-
-
-class Observer(Protocol):
-    """Hears what happens, for metrics. Called in the event loop: must return at once."""
-
-    def step(self, stats: EngineStats) -> None:
-        """The engine finished a step."""
-
-    def tokens(self, request_id: str, count: int, since_last_s: float | None) -> None:
-        """`count` tokens came, so many seconds after the ones before; None for the first of a completion."""
-
-    def finished(self, stats: RequestStats, reason: FinishReason, params: SamplingParams) -> None:
-        """A completion ended."""
-
-
-class _Silent:
-    def step(self, stats: EngineStats) -> None:
-        pass
-
-    def tokens(self, request_id: str, count: int, since_last_s: float | None) -> None:
-        pass
-
-    def finished(self, stats: RequestStats, reason: FinishReason, params: SamplingParams) -> None:
-        pass
-
-
-NO_OBSERVER: Observer = _Silent()
-
-
-@dataclasses.dataclass(frozen=True)
-class Health:
-    """Whether the engine serves, and if not, why."""
-
-    ok: bool
-    reason: str
-    last_progress_age_s: float
-    running: int
-    waiting: int
-
-
-class _Completion:
-    """One completion of a call while it grows."""
-
-    def __init__(self, index: int, stream: TextStream) -> None:
-        self.output = CompletionOutput(index=index, text="", token_ids=[])
-        self.stream = stream
-        self.stop: str | None = None
-        self.last_token_at: float | None = None
-
-
-class _Call:
-    """One call: its engine requests, and the output put together from what they bring.
-
-    Args:
-        delta: whether each output holds only what is new.
-    """
-
-    def __init__(
-        self,
-        request_id: str,
-        prompt: str | None,
-        token_ids: list[int],
-        params: SamplingParams,
-        tokenizer: Tokenizer,
-        delta: bool,
-        pooling: PoolingParams | None = None,
-    ) -> None:
-        self.request_id = request_id
-        self.params = params
-        self._pooling = pooling
-        self._delta = delta
-        self.output = RequestOutput(
-            request_id=request_id, prompt=prompt, prompt_token_ids=token_ids, outputs=[], finished=False
-        )
-        ids = [request_id] if params.n == 1 else [f"{request_id}/{index}" for index in range(params.n)]
-        self._open: dict[str, _Completion] = {}
-        for index, child in enumerate(ids):
-            stream = TextStream(
-                tokenizer,
-                token_ids,
-                params.stop or (),
-                params.include_stop_str_in_output,
-                params.skip_special_tokens,
-                params.min_tokens,
-            )
-            self._open[child] = _Completion(index, stream)
-        self.output.outputs = [completion.output for completion in self._open.values()]
-
-    @property
-    def ids(self) -> list[str]:
-        """Engine requests that are not ended."""
-        return list(self._open)
-
-    def requests(self, arrival: float, **fields: Any) -> list[EngineRequest]:
-        """The engine requests of this call: completions after the first share the first one's prompt blocks."""
-        requests = []
-        first = self.ids[0]
-        for index, request_id in enumerate(self.ids):
-            params = self.params
-            if index:
-                seed = None if params.seed is None else params.seed + index
-                params = msgspec.structs.replace(params, seed=seed, prompt_logprobs=None)
-            requests.append(
-                EngineRequest(
-                    request_id=request_id,
-                    prompt_token_ids=self.output.prompt_token_ids,
-                    params=params,
-                    arrival=arrival,
-                    parent=first if index else "",
-                    pooling=self._pooling,
-                    **fields,
-                )
-            )
-        return requests
-
-    def take(self, came: EngineOutput, now: float, observer: Observer) -> tuple[CompletionOutput | None, bool]:
-        """Adds what came to one completion.
-
-        Returns:
-            What is new to the caller, for `emit`, None if nothing is, and whether the engine request must be aborted
-            because a stop string ended its text.
-        """
-        completion = self._open[came.request_id]
-        output = completion.output
-        if came.token_ids:
-            since = None if completion.last_token_at is None else now - completion.last_token_at
-            completion.last_token_at = now
-            observer.tokens(self.request_id, len(came.token_ids), since)
-        self.output.cached_tokens = max(self.output.cached_tokens, came.cached_tokens)
-        if came.prompt_logprobs is not None:
-            self.output.prompt_logprobs = came.prompt_logprobs
-        if came.embedding:
-            self.output.embedding = array("f", came.embedding)
-        new = CompletionOutput(index=output.index, text="", token_ids=[])
-        abort = False
-        if completion.stop is None:
-            piece = completion.stream.push(came.token_ids, came.finish_reason is not None)
-            new.text, new.token_ids = piece.text, came.token_ids[: piece.tokens]
-            if came.logprobs is not None:
-                new.logprobs = came.logprobs[: piece.tokens]
-            completion.stop = piece.stop
-            abort = piece.stop is not None and came.finish_reason is None
-        if came.finish_reason is not None:
-            self._finish(completion, came, new, observer)
-        output.text += new.text
-        output.token_ids += new.token_ids
-        if new.logprobs is not None:
-            output.logprobs = output.logprobs or []
-            output.logprobs += new.logprobs
-        nothing = not new.token_ids and not new.text and new.finish_reason is None
-        return (None if nothing else new), abort
-
-    def _finish(self, completion: _Completion, came: EngineOutput, new: CompletionOutput, observer: Observer) -> None:
-        output = completion.output
-        reason = came.finish_reason
-        if completion.stop is not None:
-            reason = FinishReason.STOP  # the text had ended; the abort was ours
-        output.finish_reason = new.finish_reason = reason
-        output.stop_reason = new.stop_reason = came.stop_token if completion.stop is None else completion.stop
-        output.error = new.error = came.error
-        del self._open[came.request_id]
-        self.output.finished = not self._open
-        if came.stats is not None and reason is not None:
-            self.output.stats.append(came.stats)
-            observer.finished(came.stats, reason, self.params)
-
-    def emit(self, new: CompletionOutput) -> RequestOutput:
-        """What the caller sees: only the new piece, or a copy of everything so far."""
-        if self._delta:
-            return msgspec.structs.replace(self.output, outputs=[new], stats=list(self.output.stats))
-        outputs = [
-            msgspec.structs.replace(
-                output, token_ids=list(output.token_ids), logprobs=output.logprobs and list(output.logprobs)
-            )
-            for output in self.output.outputs
-        ]
-        return msgspec.structs.replace(self.output, outputs=outputs, stats=list(self.output.stats))
 
 
 _NO_TOKENS = SamplingParams(max_tokens=None)
@@ -340,16 +157,16 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Completes one prompt and yields each piece as it comes. Closing the iterator aborts the request."""
         for call, new in self._run([self._call(prompt, sampling_params or SamplingParams())]):
-            yield call.emit(new)
+            yield call.emit([new])
 
-    def _call(self, prompt: Prompt, params: SamplingParams, pooling: PoolingParams | None = None) -> _Call:
+    def _call(self, prompt: Prompt, params: SamplingParams, pooling: PoolingParams | None = None) -> Call:
         text, ids = text_and_ids(self.tokenizer, prompt)
         params = with_bad_words(self.tokenizer, params)
         if params.structured is not None:
             self._grammars.compile(params.structured).result()  # refused here rather than in the engine
-        return _Call(str(next(self._numbers)), text, ids, params, self.tokenizer, delta=True, pooling=pooling)
+        return Call(str(next(self._numbers)), text, ids, params, self.tokenizer, delta=True, pooling=pooling)
 
-    def _run(self, calls: list[_Call]) -> Iterator[tuple[_Call, CompletionOutput]]:
+    def _run(self, calls: list[Call]) -> Iterator[tuple[Call, CompletionOutput]]:
         """Serves calls to their end and yields what is new to each. Whatever stops it, no request is left behind."""
         owner = {child: call for call in calls for child in call.ids}
         try:
@@ -374,36 +191,51 @@ class LLM:
 
 
 class AsyncLLM:
-    """A model in a process of its own. Make one with `start`; it belongs to that event loop."""
+    """A model in a process of its own; belongs to one event loop. `start` makes one that serves; one that is made by
+    hand loads nothing before `load`, and can be asked for its `health` meanwhile.
 
-    def __init__(self, config: EngineConfig, tokenizer: Tokenizer, observer: Observer) -> None:
+    Args:
+        crash_dir: folder of the reports about crashes of the engine; None writes none.
+    """
+
+    tokenizer: Tokenizer
+    """There once the model is loaded."""
+
+    def __init__(self, config: EngineConfig, observer: Observer = NO_OBSERVER, crash_dir: Path | None = None) -> None:
+        from tokenmill.engine.supervisor import Supervisor  # and with it zmq, which only this needs
+
         self.config = config
-        self.tokenizer = tokenizer
         self._observer = observer
         self._grammars = Grammars(config)
-        self._client: EngineClient
-        self._calls: dict[str, tuple[_Call, asyncio.Queue[RequestOutput | Exception]]] = {}
+        self._engine = Supervisor(config, self._on_report, self._on_death, crash_dir)
+        self._calls: dict[str, Mailbox] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count()
         self._draining = False
-        self._steps = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, observer: Observer = NO_OBSERVER, progress: Progress | None = None
+        cls, config: EngineConfig, observer: Observer = NO_OBSERVER, crash_dir: Path | None = None
     ) -> AsyncLLM:
         """Starts the engine process and waits until the model is loaded.
 
         Raises:
             ModelError, ConfigError, EngineError: whatever kept the engine from starting.
         """
-        from tokenmill.engine.client import EngineClient  # and with it zmq, which only this needs
-
-        llm = cls(config, Tokenizer.load(resolve(config.model.model)), observer)
-        llm._client = await EngineClient.start(config, llm._on_report, llm._on_death, progress)
+        llm = cls(config, observer, crash_dir)
+        await llm.load()
         return llm
+
+    async def load(self) -> None:
+        """Reads the tokenizer, starts the engine process and waits until the model is loaded.
+
+        Raises:
+            ModelError, ConfigError, EngineError: whatever kept the engine from starting.
+        """
+        self.tokenizer = await asyncio.to_thread(lambda: Tokenizer.load(resolve(self.config.model.model)))
+        await self._engine.start()
 
     @property
     def model_name(self) -> str:
@@ -413,7 +245,7 @@ class AsyncLLM:
     @property
     def stats(self) -> EngineStats:
         """The engine's state after its latest step."""
-        return self._client.stats
+        return self._engine.stats
 
     @property
     def max_model_len(self) -> int:
@@ -435,46 +267,42 @@ class AsyncLLM:
     ) -> AsyncIterator[RequestOutput]:
         """Completes a prompt and yields the output as it grows. Closing the iterator aborts the request.
 
+        What comes while the caller is busy is one output for it: a slow caller sees fewer, larger ones.
+
         Args:
             delta: yield only what is new each time, instead of everything so far.
-            deadline: when the answer should be complete, on the monotonic clock; for the `deadline` policy.
+            deadline: when the answer must be complete, on the monotonic clock; then it ends with the error
+                ``deadline_exceeded``.
             pooling: set to get the embedding of the prompt instead of tokens; see `embed`.
 
         Raises:
             RequestError: the request cannot be served.
-            UnavailableError: ``shutting_down``.
+            UnavailableError: ``starting``, ``engine_restarting``, ``queue_full`` or ``shutting_down``.
             EngineError: the engine process died.
         """
         arrival = time.monotonic()
-        if self._draining:
-            raise UnavailableError("shutting_down", "The server is shutting down; send the request to another.")
-        if self._client.dead is not None:
-            raise self._client.dead
-        if (
-            params.structured is not None
-        ):  # refused here, on a thread, so that the engine meets none that it must refuse
+        self.check()
+        if params.structured is not None:
+            # Refused here, on a thread, so that the engine meets none that it must refuse.
             await asyncio.shield(asyncio.wrap_future(self._grammars.compile(params.structured)))
         text, ids = text_and_ids(self.tokenizer, prompt)
         name = request_id or f"request-{next(self._numbers)}"
         params = with_bad_words(self.tokenizer, params)
-        call = _Call(name, text, ids, params, self.tokenizer, delta, pooling)
+        call = Call(name, text, ids, params, self.tokenizer, delta, pooling)
         if taken := [child for child in call.ids if child in self._calls]:
             raise RequestError(
                 "duplicate_request_id", f"A request {taken[0]!r} is under way; use another id.", "request_id"
             )
-        queue: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
-        self._calls.update(dict.fromkeys(call.ids, (call, queue)))
+        mailbox = Mailbox(call)
+        self._calls.update(dict.fromkeys(call.ids, mailbox))
         self._idle.clear()
         try:
             for request in call.requests(
                 arrival, priority=priority, tenant=tenant, cache_salt=cache_salt, deadline=deadline
             ):
-                await self._client.add(request)
-            while not call.output.finished or not queue.empty():
-                item = await queue.get()
-                if isinstance(item, Exception):
-                    raise item
-                yield item
+                await self._engine.add(request)
+            async for output in mailbox.outputs():
+                yield output
         finally:
             if not call.output.finished:
                 self._abandon(call)
@@ -494,18 +322,28 @@ class AsyncLLM:
         outputs = self.generate(prompt, _NO_TOKENS, pooling=pooling or self.pooling, **fields)
         return [output async for output in outputs][-1]
 
-    def _abandon(self, call: _Call) -> None:
+    def check(self) -> None:
+        """Says whether requests are taken now.
+
+        Raises:
+            UnavailableError: ``starting``, ``engine_restarting`` or ``shutting_down``.
+        """
+        if self._draining:
+            raise UnavailableError("shutting_down", "The server is shutting down; send the request to another.")
+        self._engine.check()
+
+    def _abandon(self, call: Call) -> None:
         """Aborts what is left of a call. The engine's answer still closes its books in `_on_report`."""
         known = [child for child in call.ids if child in self._calls]
-        if known and self._client.dead is None:
+        if known and self._engine.phase == "ready":
             self._spawn(known)
         else:
             self._forget(call.ids)
 
     def _spawn(self, request_ids: list[str]) -> None:
         async def abort() -> None:
-            with contextlib.suppress(EngineError):
-                await self._client.abort(request_ids)
+            with contextlib.suppress(EngineError, UnavailableError):
+                await self._engine.abort(request_ids)
 
         task = asyncio.ensure_future(abort())
         self._background.add(task)
@@ -519,73 +357,78 @@ class AsyncLLM:
 
     def _on_report(self, report: Step | Refused) -> None:
         if isinstance(report, Refused):
-            error = report.error
-            entry = self._calls.get(report.request_id)
+            mailbox = self._calls.get(report.request_id)
             self._forget([report.request_id])
-            if entry is not None:
-                entry[1].put_nowait(RequestError(error.code, error.message, error.field))
+            if mailbox is not None:
+                mailbox.fail(report.reason())
             return
         aborted = []
         now = time.monotonic()
         for came in report.outputs:
-            entry = self._calls.get(came.request_id)
-            if entry is None:
+            mailbox = self._calls.get(came.request_id)
+            if mailbox is None:
                 continue
-            call, queue = entry
-            new, abort = call.take(came, now, self._observer)
+            new, abort = mailbox.call.take(came, now, self._observer)
             if abort:
                 aborted.append(came.request_id)
             if new is not None:
-                queue.put_nowait(call.emit(new))
+                mailbox.put(new)
             if came.finish_reason is not None:
                 self._forget([came.request_id])
         if aborted:
             self._spawn(aborted)
-        if report.stats.steps > self._steps:  # an abort reports as well, but is no step
-            self._steps = report.stats.steps
-            self._observer.step(report.stats)
+        for tokens, seconds in report.steps:
+            self._observer.step(msgspec.structs.replace(report.stats, step_tokens=tokens, step_seconds=seconds))
 
-    def _on_death(self, error: EngineError) -> None:
-        for _, queue in {id(queue): (call, queue) for call, queue in self._calls.values()}.values():
-            queue.put_nowait(error)
+    def _on_death(self, error: Exception) -> None:
+        for mailbox in self._calls.values():
+            mailbox.fail(error)
         self._forget(list(self._calls))
 
     async def abort(self, request_id: str) -> None:
         """Ends a request with reason `abort`. Unknown or ended ones are ignored."""
         children = [child for child in self._calls if child == request_id or child.startswith(request_id + "/")]
         if children:
-            await self._client.abort(children)
+            await self._engine.abort(children)
 
     async def events(self, request_id: str = "") -> list[Event]:
         """The engine's decisions about one request, or all that are kept."""
-        return await self._client.events(request_id)
+        return await self._engine.events(request_id)
 
     def health(self) -> Health:
-        """Whether the engine is alive and its steps advance."""
-        stats = self.stats
-        age = time.monotonic() - stats.last_progress
-        reason = ""
-        if self._client.dead is not None:
-            reason = self._client.dead.message
-        elif self._calls and age > self.config.hang_timeout_s:
-            reason = f"No step has ended for {age:.0f} s."
-        return Health(not reason, reason, age, stats.running, stats.waiting)
+        """Whether the engine is there and its steps advance."""
+        engine, stats = self._engine, self.stats
+        hung = 0 < self.config.hang_timeout_s < engine.stalled_s
+        reason = engine.reason or (f"No step has ended for {engine.stalled_s:.0f} s." if hung else "")
+        return Health(
+            ok=engine.phase == "ready" and not hung,
+            reason=reason,
+            last_progress_age_s=time.monotonic() - stats.last_progress,
+            running=stats.running,
+            waiting=stats.waiting,
+            phase=engine.phase,
+            percent=engine.percent,
+            hung=hung,
+            full=stats.waiting >= self.config.scheduler.max_waiting,
+            restarts=engine.restarts,
+        )
+
+    def refuse(self) -> None:
+        """Takes no new requests from now on: they fail with ``shutting_down``."""
+        self._draining = True
 
     async def drain(self, timeout_s: float) -> None:
         """Refuses new requests, waits for those under way, and aborts what is left after `timeout_s` seconds."""
-        self._draining = True
+        self.refuse()
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
-            with contextlib.suppress(EngineError, TimeoutError):
-                await self._client.abort(list(self._calls))
+            with contextlib.suppress(EngineError, UnavailableError, TimeoutError):
+                await self._engine.abort(list(self._calls))
                 await asyncio.wait_for(self._idle.wait(), 1.0)
 
     async def close(self) -> None:
         """Ends the engine process. Requests still under way fail with ``shutting_down``."""
-        self._draining = True
-        error = UnavailableError("shutting_down", "The server is shutting down.")
-        for _, queue in self._calls.values():
-            queue.put_nowait(error)
-        self._forget(list(self._calls))
-        await self._client.close()
+        self.refuse()
+        self._on_death(UnavailableError("shutting_down", "The server is shutting down."))
+        await self._engine.close()

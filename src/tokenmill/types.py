@@ -253,12 +253,14 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Rank of the token itself, 1 is the most likely."""
 
 
-class ErrorInfo(msgspec.Struct, frozen=True):
-    """What ended a request whose finish reason is `error`."""
+class ErrorInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What ended a request whose finish reason is `error`, or kept it from being taken."""
 
     code: str
     message: str
     field: str | None = None
+    retry_after_s: float | None = None
+    """When it is worth asking again; only where the request could not be taken now."""
 
 
 class RequestStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -299,35 +301,35 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """State of the engine after a step. Counters only grow."""
+    """State of the engine after a step; without arguments, of one that is not there yet. Counters only grow."""
 
-    steps: int
-    last_progress: float
+    steps: int = 0
+    last_progress: float = 0.0
     """When a step last ended, or when work last arrived at an idle engine."""
-    running: int
-    waiting: int
-    waiting_by_reason: dict[str, int]
-    blocks_total: int
-    blocks_used: int
+    running: int = 0
+    waiting: int = 0
+    waiting_by_reason: dict[str, int] = {}
+    blocks_total: int = 0
+    blocks_used: int = 0
     """Blocks that requests hold; cached blocks that nobody holds count as free."""
-    blocks_cached: int
+    blocks_cached: int = 0
     """Blocks that nobody holds but whose content can still be reused."""
-    block_size: int
-    max_model_len: int
-    prompt_tokens: int
-    generation_tokens: int
-    prefix_queries: int
+    block_size: int = 0
+    max_model_len: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
     """Prompt tokens looked up in the prefix cache."""
-    prefix_hits: int
+    prefix_hits: int = 0
     """Prompt tokens found there."""
-    misses: dict[str, int]
-    recomputed_tokens: int
-    padded_tokens: int
-    preemptions: int
-    finished: dict[str, int]
-    step_tokens: int
+    misses: dict[str, int] = {}
+    recomputed_tokens: int = 0
+    padded_tokens: int = 0
+    preemptions: int = 0
+    finished: dict[str, int] = {}
+    step_tokens: int = 0
     """Tokens computed by the last step."""
-    step_seconds: float
+    step_seconds: float = 0.0
 
 
 class CompletionOutput(msgspec.Struct, kw_only=True):

@@ -32,7 +32,7 @@ def running_server(model: str, *flags: str) -> Iterator[Server]:
         process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         try:
             for line in process.stdout:
-                if found := re.search(r"http://\S+", line):
+                if found := re.search(r"https?://\S+", line):
                     yield Server(process, found.group())
                     break
             else:

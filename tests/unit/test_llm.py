@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import json
 import os
+import shutil
 import signal
+import time
 
 import pytest
 
@@ -126,8 +129,8 @@ def test_a_model_that_is_not_there():
 
 
 @contextlib.asynccontextmanager
-async def started(path, **scheduler):
-    llm = await AsyncLLM.start(config(path, **scheduler))
+async def started(path, crash_dir=None, **options):
+    llm = await AsyncLLM.start(build(EngineConfig, {"model": {"model": str(path)}, **options}), crash_dir=crash_dir)
     try:
         yield llm
     finally:
@@ -202,20 +205,116 @@ async def test_drain_gives_up_after_its_time(tiny_model_path):
         assert items[-1].outputs[0].finish_reason in (FinishReason.ABORT, FinishReason.LENGTH)
 
 
-async def test_the_death_of_the_engine_reaches_every_request(tiny_model_path):
-    async with started(tiny_model_path) as engine:
-        endless = [engine.generate(text, SamplingParams(max_tokens=None, ignore_eos=True)) for text in ("a", "b")]
+ENDLESS = SamplingParams(max_tokens=None, ignore_eos=True)
+
+
+async def until_ready(llm):
+    async with asyncio.timeout(60):
+        while not llm.health().ok:
+            await asyncio.sleep(0.01)
+
+
+async def test_the_death_of_the_engine_reaches_every_request_and_it_comes_back(tiny_model_path, tmp_path):
+    async with started(tiny_model_path, crash_dir=tmp_path) as engine:
+        endless = [engine.generate(text, ENDLESS, request_id=text) for text in ("a", "b")]
         for stream in endless:
             await anext(stream)
-        os.kill(engine._client._process.pid, signal.SIGKILL)
+        os.kill(engine._engine._client.pid, signal.SIGKILL)
         for stream in endless:
             with pytest.raises(EngineError) as died:
                 async for _ in stream:
                     pass
             assert died.value.code == "engine_died"
-        assert not engine.health().ok
-        with pytest.raises(EngineError):
-            await collect(engine, "after")
+            assert "SIGKILL" in died.value.message
+        health = engine.health()
+        assert (health.ok, health.phase) == (False, "restarting")
+        with pytest.raises(UnavailableError) as refused:
+            await collect(engine, "meanwhile")
+        assert refused.value.code == "engine_restarting"
+        assert refused.value.retry_after_s >= 1
+        await until_ready(engine)
+        assert engine.health().restarts == 1
+        assert (await collect(engine, "after"))[-1].finished
+
+    [file] = tmp_path.glob("crash-*.json")
+    report = json.loads(file.read_text())
+    assert report["ended_by"] == "SIGKILL"
+    assert report["requests"].keys() == {"a", "b"}
+    assert all(request["prompt_tokens"] == 1 for request in report["requests"].values())
+    assert {event["request_id"] for event in report["events"] if event["action"] == "admit"} == {"a", "b"}
+    assert report["config"]["model.model"] == str(tiny_model_path)
+
+
+async def test_an_engine_that_hangs_is_killed_and_comes_back(tiny_model_path, tmp_path):
+    async with started(tiny_model_path, crash_dir=tmp_path, hang_timeout_s=0.5) as engine:
+        endless = engine.generate("a", ENDLESS)
+        await anext(endless)
+        os.kill(engine._engine._client.pid, signal.SIGSTOP)
+        with pytest.raises(EngineError) as died:
+            async for _ in endless:
+                pass
+        assert died.value.code == "engine_died"
+        assert "No step has ended" in died.value.message
+        await until_ready(engine)
+        assert (await collect(engine, "after"))[-1].finished
+    [file] = tmp_path.glob("crash-*.json")
+    report = json.loads(file.read_text())
+    assert report["ended_by"] == "SIGABRT"
+    assert "in step" in report["stacks"] or "in run" in report["stacks"]
+
+
+async def test_an_engine_that_does_not_come_back_says_why(tiny_model_path, tmp_path):
+    model = shutil.copytree(tiny_model_path, tmp_path / "model")
+    async with started(model) as engine:
+        (model / "config.json").write_text("{")
+        os.kill(engine._engine._client.pid, signal.SIGKILL)
+        async with asyncio.timeout(60):
+            while "does not come back" not in engine.health().reason:
+                await asyncio.sleep(0.01)
+        with pytest.raises(UnavailableError, match="does not come back"):
+            await collect(engine, "meanwhile")
+
+
+async def test_a_deadline_ends_a_request_wherever_it_is(tiny_model_path):
+    async with started(tiny_model_path, scheduler={"max_num_seqs": 1}) as engine:
+        soon = time.monotonic() + 0.1
+        running, waiting = await asyncio.gather(
+            collect(engine, "a", ENDLESS, deadline=soon), collect(engine, "b", ENDLESS, deadline=time.monotonic())
+        )
+        for outputs in (running, waiting):
+            [completion] = outputs[-1].outputs
+            assert (completion.finish_reason, completion.error.code) == (FinishReason.ERROR, "deadline_exceeded")
+        assert not waiting[-1].outputs[0].token_ids
+
+
+async def test_a_full_queue_refuses_and_says_when_to_come_back(tiny_model_path):
+    async with started(tiny_model_path, scheduler={"max_num_seqs": 1, "max_waiting": 1}) as engine:
+        running = engine.generate("a", ENDLESS)
+        await anext(running)
+        waiting = asyncio.create_task(collect(engine, "b", SamplingParams(max_tokens=1)))
+        while not engine.stats.waiting:
+            await anext(running)
+        assert engine.health().full
+        with pytest.raises(UnavailableError) as refused:
+            await collect(engine, "c")
+        assert refused.value.code == "queue_full"
+        assert refused.value.retry_after_s >= 1
+        await running.aclose()
+        assert (await waiting)[-1].finished
+
+
+async def test_a_caller_that_does_not_fetch_gets_everything_in_one_piece(tiny_model_path, llm):
+    expected = llm.generate("hello", GREEDY)[0].outputs[0]
+    async with started(tiny_model_path) as engine:
+        stream = engine.generate("hello", GREEDY, delta=True)
+        pieces = [await anext(stream)]
+        while engine.stats.running or not engine.stats.finished:
+            await asyncio.sleep(0.001)
+        pieces += [piece async for piece in stream]
+        assert len(pieces) == 2
+        assert "".join(piece.outputs[0].text for piece in pieces) == expected.text
+        assert [token for piece in pieces for token in piece.outputs[0].token_ids] == expected.token_ids
+        assert pieces[-1].outputs[0].finish_reason is FinishReason.LENGTH
 
 
 async def test_an_engine_that_cannot_start_says_why(tiny_model_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -25,6 +26,7 @@ __all__ = ["EngineClient"]
 
 _STOP_TIMEOUT_S = 5.0
 _LAST_WORDS_S = 1.0
+_STACKS_TIMEOUT_S = 2.0
 
 
 class EngineClient:
@@ -32,43 +34,38 @@ class EngineClient:
 
     Attributes:
         stats: the engine's state after its latest step.
-        dead: what ended the process, once it has ended unasked.
+        folder: what the two share while the client is open.
     """
 
     def __init__(self, process: asyncio.subprocess.Process, socket: zmq.asyncio.Socket, folder: Path) -> None:
         self._process = process
         self._socket = socket
-        self._folder = folder
-        self._tasks: list[asyncio.Task[None]] = []
+        self._receiving: asyncio.Task[None] | None = None
         self._asked: dict[str, asyncio.Future[list[Event]]] = {}
-        self._closing = False
+        self.folder = folder
         self.stats: EngineStats
-        self.dead: EngineError | None = None
 
     @classmethod
     async def start(
         cls,
         config: EngineConfig,
         on_report: Callable[[messages.Step | messages.Refused], None],
-        on_death: Callable[[EngineError], None],
         progress: Progress | None = None,
     ) -> EngineClient:
         """Starts the process and waits until the model is loaded.
 
         Args:
             on_report: told of every step and refusal, in order.
-            on_death: told once, when the process ends without being asked.
 
         Raises:
             TokenmillError: whatever kept the engine from starting.
         """
         folder = Path(tempfile.mkdtemp(prefix="tokenmill-"))
-        address = f"ipc://{folder / 'engine'}"
         socket = zmq.asyncio.Context.instance().socket(zmq.PAIR)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 0)  # what is sent waits for the engine's next look, however much it is
-        socket.bind(address)
-        process = await asyncio.create_subprocess_exec(sys.executable, "-m", "tokenmill.engine.process", address)
+        socket.bind(messages.address_in(folder))
+        process = await asyncio.create_subprocess_exec(sys.executable, "-m", "tokenmill.engine.process", str(folder))
         client = cls(process, socket, folder)
         try:
             await socket.send(messages.encode(messages.Start(config)))
@@ -76,10 +73,7 @@ class EngineClient:
         except BaseException:
             await client.close()
             raise
-        client._tasks = [
-            asyncio.create_task(client._receive(on_report)),
-            asyncio.create_task(client._watch(on_death)),
-        ]
+        client._receiving = asyncio.create_task(client._receive(on_report))
         return client
 
     async def _ready(self, progress: Progress | None) -> None:
@@ -119,13 +113,28 @@ class EngineClient:
                 self.stats = report.stats
             on_report(report)
 
-    async def _watch(self, on_death: Callable[[EngineError], None]) -> None:
+    @property
+    def pid(self) -> int:
+        """The engine process."""
+        return self._process.pid
+
+    async def ended(self) -> int:
+        """Waits until the process has ended; returns its exit status, a signal as a negative number."""
         status = await self._process.wait()
-        if not self._closing:
-            self.dead = EngineError("engine_died", f"The engine process ended unexpectedly with status {status}.")
-            for asked in self._asked.values():
-                asked.set_exception(self.dead)
-            on_death(self.dead)
+        for asked in self._asked.values():
+            if not asked.done():
+                asked.set_exception(EngineError("engine_died", "The engine process has ended."))
+        return status
+
+    async def kill(self) -> None:
+        """Ends a process that answers no more: so that it writes down its stacks if it can, else in any case."""
+        for number in (signal.SIGABRT, signal.SIGCONT):  # one that was stopped gets the first with the second
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), _STACKS_TIMEOUT_S)
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
 
     async def add(self, request: EngineRequest) -> None:
         """Hands a request over; a refusal comes as a report."""
@@ -143,8 +152,6 @@ class EngineClient:
         return await asyncio.shield(self._asked[request_id])
 
     async def _send(self, command: messages.Command) -> None:
-        if self.dead is not None:
-            raise self.dead
         try:
             await self._socket.send(messages.encode(command), zmq.NOBLOCK)
         except zmq.Again:  # nobody is connected at the other end
@@ -152,10 +159,9 @@ class EngineClient:
 
     async def close(self) -> None:
         """Ends the process: asks, then terminates, then kills."""
-        self._closing = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._receiving is not None:
+            self._receiving.cancel()
+            await asyncio.gather(self._receiving, return_exceptions=True)
         if self._process.returncode is None:
             with contextlib.suppress(zmq.ZMQError, TokenmillError):
                 await self._send(messages.Stop())
@@ -166,7 +172,7 @@ class EngineClient:
                     await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_S)
                     break
         self._socket.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _error(kind: str, info: ErrorInfo) -> TokenmillError:

@@ -46,6 +46,7 @@ class SchedulerConfig:
     batching: str = option("continuous", "when a request may join the batch", choices=BATCHING)
     max_num_seqs: int = option(64, "requests that run at once", low=1)
     max_num_batched_tokens: int = option(512, "tokens computed in one step", low=1)
+    max_waiting: int = option(1024, "requests that may wait; more are refused with queue_full", low=1)
     batch_wait_ms: float = option(50.0, "dynamic batching: how long to wait for a batch to fill", low=0)
     starvation_s: float = option(60.0, "after this long in the queue a request goes first, whatever the policy", low=0)
     ttft_goal_ms: float = option(0.0, "adaptive policy: time to first token to aim for; 0 none", low=0)
@@ -62,4 +63,4 @@ class EngineConfig:
     grammar_backend: str = option("llguidance", "what computes the masks of structured output", choices=GRAMMARS)
     seed: int = option(0, "seed for requests that bring none")
     events: int = option(65536, "decisions kept in memory for explanations", low=0)
-    hang_timeout_s: float = option(120.0, "report unhealthy when no step ends for this long", low=0)
+    hang_timeout_s: float = option(120.0, "restart the engine when no step ends for this long; 0 never", low=0)

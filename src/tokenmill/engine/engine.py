@@ -7,6 +7,7 @@ step():  plan    = scheduler.plan()          which tokens of which requests, in 
 
 from __future__ import annotations
 
+import heapq
 import logging
 import random
 import time
@@ -65,7 +66,10 @@ class Engine:
             self.events,
         )
         self._last_progress = clock()
-        self._last_step = (0, 0.0)
+        self.last_step = (0, 0.0)
+        """Tokens and seconds of the latest step."""
+        self._deadlines: list[tuple[float, str]] = []
+        """A heap; those of requests that have ended stay until their time comes."""
 
     @property
     def has_work(self) -> bool:
@@ -91,6 +95,8 @@ class Engine:
             seed = self._random.getrandbits(63)
         prepared = self._executor.prepare(request.params)
         self.scheduler.add(Request(request, limit, seed, self.kv.block_size, self._clock(), prepared))
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, request.request_id))
 
     def _check(self, request: EngineRequest) -> int:
         """The most tokens the request may generate."""
@@ -140,11 +146,13 @@ class Engine:
     def step(self) -> list[EngineOutput]:
         """Computes one step, if anything can run, and returns what it brought.
 
-        A step that fails ends the requests in it with the reason; the engine goes on with the others.
+        A step that fails ends the requests in it with the reason; the engine goes on with the others. Requests whose
+        deadline has passed end before it, with ``deadline_exceeded``.
         """
+        late = self._expire()
         plan = self.scheduler.plan()
         if plan is None:
-            return []
+            return late
         began = self._clock()
         try:
             result = self._executor.execute(plan)
@@ -155,8 +163,21 @@ class Engine:
         else:
             outputs = self.scheduler.commit(plan, result, self._clock() - began)
         self._last_progress = self._clock()
-        self._last_step = (plan.tokens, self._last_progress - began)
+        self.last_step = (plan.tokens, self._last_progress - began)
         self.events.step += 1
+        return late + outputs
+
+    def _expire(self) -> list[EngineOutput]:
+        """Ends the requests whose deadline has passed, waiting or running: nobody wants their answer any more."""
+        outputs = []
+        while self._deadlines and self._deadlines[0][0] <= self._clock():
+            deadline, request_id = heapq.heappop(self._deadlines)
+            request = self.scheduler.requests.get(request_id)
+            if request is not None and request.source.deadline == deadline:  # its id may be another's by now
+                seconds = deadline - request.source.arrival
+                message = f"The answer was not complete within the {seconds:.3g} s that the request allowed."
+                error = ErrorInfo("deadline_exceeded", message, "timeout_s")
+                outputs.append(self.scheduler.finish(request, FinishReason.ERROR, error=error))
         return outputs
 
     def stats(self) -> EngineStats:
@@ -183,8 +204,8 @@ class Engine:
             padded_tokens=counters.padded_tokens,
             preemptions=counters.preemptions,
             finished=dict(counters.finished),
-            step_tokens=self._last_step[0],
-            step_seconds=self._last_step[1],
+            step_tokens=self.last_step[0],
+            step_seconds=self.last_step[1],
         )
 
     def pin(

@@ -6,6 +6,7 @@ schema; nothing else describes what the engine did. The ring is bounded and chea
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from typing import Literal
@@ -50,11 +51,14 @@ class EventLog:
         self._ring: deque[Event] = deque(maxlen=capacity)
         self.step = 0
         """Number of the current step; the engine advances it."""
+        self.total = 0
+        """Events ever added."""
 
     def add(
         self, time: float, request_id: str, action: Action, reason: str = "", tokens: int = 0, blocks: int = 0
     ) -> None:
         self._ring.append(Event(time, self.step, request_id, action, reason, tokens, blocks))
+        self.total += 1
 
     def __iter__(self) -> Iterator[Event]:
         return iter(tuple(self._ring))
@@ -65,3 +69,8 @@ class EventLog:
     def of(self, request_id: str) -> list[Event]:
         """What is still known about one request, oldest first."""
         return [event for event in self._ring if event.request_id == request_id]
+
+    def since(self, total: int) -> list[Event]:
+        """Those added after the first `total`, as far as they are kept, oldest first."""
+        count = min(self.total - total, len(self._ring))
+        return list(itertools.islice(reversed(self._ring), count))[::-1]

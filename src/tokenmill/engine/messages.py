@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.events import Event
+from tokenmill.errors import RequestError, UnavailableError
 from tokenmill.types import EngineOutput, EngineRequest, EngineStats, ErrorInfo
 
 __all__ = [
@@ -24,7 +26,13 @@ __all__ = [
     "Start",
     "Step",
     "Stop",
+    "address_in",
 ]
+
+
+def address_in(folder: Path) -> str:
+    """Where client and engine meet, in a folder that both know."""
+    return f"ipc://{folder / 'engine'}"
 
 
 class Start(msgspec.Struct, frozen=True, tag=True):
@@ -84,12 +92,23 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     request_id: str
     error: ErrorInfo
 
+    def reason(self) -> RequestError | UnavailableError:
+        """Why, as it was raised in the engine."""
+        error = self.error
+        if error.retry_after_s is None:
+            return RequestError(error.code, error.message, error.field)
+        return UnavailableError(error.code, error.message, error.field, error.retry_after_s)
+
 
 class Step(msgspec.Struct, frozen=True, tag=True):
-    """What a step or an abort brought."""
+    """What the latest steps and aborts brought."""
 
     outputs: list[EngineOutput]
+    """In order; what several steps brought to one request is one output."""
     stats: EngineStats
+    """After the last of them."""
+    steps: list[tuple[int, float]] = []
+    """Tokens and seconds of each step."""
 
 
 class Events(msgspec.Struct, frozen=True, tag=True):

@@ -1,22 +1,31 @@
-"""The engine in a process of its own: ``python -m tokenmill.engine.process ADDRESS``.
+"""The engine in a process of its own: ``python -m tokenmill.engine.process FOLDER``.
 
 Tokenizing, templating and streaming happen in the client's process, so that none of it ever delays a step. The two talk
-over one ZeroMQ pair socket at ADDRESS.
+over one ZeroMQ pair socket in FOLDER, which also holds what outlasts a crash: the journal of events, and the stacks of
+all threads when a signal ends the process (see `tokenmill.engine.crash`).
 """
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
 import zmq
 
+from tokenmill.device import machine
 from tokenmill.engine import messages
+from tokenmill.engine.admission import Admission
+from tokenmill.engine.crash import STACKS
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.executor import LocalExecutor
-from tokenmill.errors import RequestError, TokenmillError
+from tokenmill.engine.journal import Journal
+from tokenmill.engine.outbox import Outbox
+from tokenmill.errors import RequestError, TokenmillError, UnavailableError
 from tokenmill.types import ErrorInfo
 
 __all__ = ["main"]
@@ -28,10 +37,12 @@ _BLOCKED_POLL_MS = 2  # how soon it looks again when requests wait but none may 
 class _Loop:
     """Answers commands and steps the engine in between."""
 
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], folder: Path) -> None:
         self._socket = socket
+        self._folder = folder
         self._parent = os.getppid()
         self._open = True
+        self._outbox = Outbox(time.monotonic, machine().cores)
 
     def run(self) -> None:
         start = messages.decode_command(self._socket.recv())
@@ -44,18 +55,32 @@ class _Loop:
         except Exception as error:
             logging.getLogger(__name__).exception("the engine could not start")
             return self._send(messages.Failed("EngineError", ErrorInfo("engine_start_failed", str(error))))
+        self._admission = Admission(self._engine.scheduler, start.config.scheduler.max_waiting, time.monotonic)
+        journal = Journal(self._folder, self._engine.events)
         self._send(messages.Ready(self._engine.stats()))
         blocked = False
         while self._open and os.getppid() == self._parent:
             idle = not self._engine.has_work
             self._commands(_IDLE_POLL_MS if idle else _BLOCKED_POLL_MS if blocked else 0)
             if self._open and self._engine.has_work:
-                steps = self._engine.events.step
-                outputs = self._engine.step()
-                blocked = self._engine.events.step == steps
-                if not blocked:
-                    self._send(messages.Step(outputs, self._engine.stats()))
+                blocked = not self._step()
+            journal.write()
+            self._report()
         return None
+
+    def _step(self) -> bool:
+        """Lets the engine step; returns whether it could."""
+        before = self._engine.events.step
+        outputs = self._engine.step()
+        stepped = self._engine.events.step > before
+        if stepped or outputs:
+            self._admission.ended(outputs)
+            self._outbox.put(outputs, self._engine.last_step if stepped else None)
+        return stepped
+
+    def _report(self) -> None:
+        if self._outbox.due(idle=not self._engine.has_work):
+            self._send(self._outbox.take(self._engine.stats()))
 
     def _commands(self, timeout_ms: int) -> None:
         """Answers what has arrived; waits up to `timeout_ms` for the first."""
@@ -67,13 +92,14 @@ class _Loop:
         match command:
             case messages.Add(request):
                 try:
+                    self._admission.check(request)
                     self._engine.add(request)
-                except RequestError as error:
-                    info = ErrorInfo(error.code, error.message, error.field)
+                except (RequestError, UnavailableError) as error:
+                    later = error.retry_after_s if isinstance(error, UnavailableError) else None
+                    info = ErrorInfo(error.code, error.message, error.field, later)
                     self._send(messages.Refused(request.request_id, info))
             case messages.Abort(request_ids):
-                outputs = self._engine.abort(request_ids)
-                self._send(messages.Step(outputs, self._engine.stats()))
+                self._outbox.put(self._engine.abort(request_ids))
             case messages.AskEvents(request_id):
                 log = self._engine.events
                 self._send(messages.Events(request_id, log.of(request_id) if request_id else list(log)))
@@ -87,14 +113,16 @@ class _Loop:
 
 
 def main() -> None:
-    """Serves the client at the address given as the only argument until it says stop or disappears."""
+    """Serves the client that waits in the folder given as the only argument until it says stop or disappears."""
+    folder = Path(sys.argv[1])
     # Ctrl-C reaches the whole process group; the client decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING, format="tokenmill engine: %(levelname)s: %(message)s")
-    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+    with (folder / STACKS).open("w") as stacks, zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+        faulthandler.enable(stacks)
         socket.setsockopt(zmq.LINGER, 1000)
-        socket.connect(sys.argv[1])
-        _Loop(socket).run()
+        socket.connect(messages.address_in(folder))
+        _Loop(socket, folder).run()
 
 
 if __name__ == "__main__":

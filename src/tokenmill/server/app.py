@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -23,18 +24,22 @@ from starlette.responses import Response
 
 import tokenmill
 from tokenmill.engine.config import EngineConfig
-from tokenmill.errors import ConfigError, RequestError, TokenmillError
+from tokenmill.errors import RequestError, TokenmillError
 from tokenmill.llm import AsyncLLM
 from tokenmill.registry import Registry
 from tokenmill.server.backlog import Backlog
 from tokenmill.server.config import SCORERS, ServerConfig
+from tokenmill.server.connection import Connection
 from tokenmill.server.conversations import Conversations
 from tokenmill.server.errors import response_of
+from tokenmill.server.lifecycle import Lifecycle
+from tokenmill.server.listener import address_of, bind, load_tls, tls_options
 from tokenmill.server.loopback import Loopback
 from tokenmill.server.metrics import Metrics
 from tokenmill.server.middleware.access import Access
 from tokenmill.server.middleware.body_limit import BodyLimit
 from tokenmill.server.middleware.request_id import RequestId
+from tokenmill.server.middleware.startup import Startup
 from tokenmill.server.openapi import describe
 from tokenmill.server.service import Service
 from tokenmill.server.state import State
@@ -42,7 +47,7 @@ from tokenmill.server.store import state_folder
 from tokenmill.server.tenants import Tenants, tenants_opened
 from tokenmill.text.dialect import choose
 
-__all__ = ["create_app", "serve"]
+__all__ = ["Server", "create_app", "serve"]
 
 ROUTES: Registry[APIRouter] = Registry("tokenmill.server.routes", "routes", "ROUTER")
 """Groups of endpoints: each module defines ``ROUTER``."""
@@ -52,14 +57,19 @@ _FLUSH_S = 5.0
 
 
 def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics, tenants: Tenants | None = None) -> FastAPI:
-    """The ASGI app. ``app.state.stopping`` is set once the server shuts down.
+    """The ASGI app. The model need not be loaded yet.
 
     Args:
         tenants: whom it serves; None is everybody.
+
+    Raises:
+        ConfigError: ``unknown_choice`` or ``wrong_parser`` for a parser.
     """
     tenants = tenants or Tenants()
-    accounting = tenants.accounting(llm.max_model_len)
+    accounting = tenants.accounting(lambda: llm.max_model_len)
     metrics.add(accounting)
+    parsers = (config.tool_parser, config.reasoning_parser)
+    choose(None, *parsers)  # a name that does not exist is told now
     app = FastAPI(title="tokenmill", version=tokenmill.__version__, docs_url=None, redoc_url=None)
     app.openapi = functools.partial(describe, app)  # type: ignore[method-assign]
     app.state.service = service = Service(
@@ -68,17 +78,20 @@ def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics, tenants: T
         names=config.served_model_name or (llm.model_name,),
         created=int(time.time()),
         fingerprint=_fingerprint(llm),
-        interceptors=(accounting, Conversations(llm.tokenizer)),
-        dialects=choose(llm.tokenizer.chat_template, config.tool_parser, config.reasoning_parser),
+        parsers=parsers,
+        interceptors=(accounting, Conversations(llm)),
     )
     app.state.scorer = SCORERS.get(config.score_by)
     app.state.tenants = tenants
-    app.state.stopping = False
+    app.state.lifecycle = life = Lifecycle(llm)
+    metrics.watch("tokenmill:draining", "1 while the server takes no new requests and ends.", lambda: life.draining)
+    metrics.watch("tokenmill:engine_restarts", "How often the engine was started again.", lambda: llm.health().restarts)
     state = State(state_folder(config.store))
     app.state.backlog = Backlog(state, service, Loopback(_endpoints(app.state), tenants.current), config.keep)
     _furnish(app)
     uploads = {"/v1/files": int(config.keep.max_file_mib * 2**20)}
     app.add_middleware(BodyLimit, limit=int(config.max_body_mib * 2**20), uploads=uploads)
+    app.add_middleware(Startup, llm=llm)
     app.add_middleware(Access, recognize=tenants.recognize, admin_port=config.access.admin_port)
     app.add_middleware(RequestId)  # the last one added is the first to see a request
     return app
@@ -130,21 +143,22 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
 
 
 def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
-    """Serves until SIGTERM or SIGINT; prints one line with the URL when ready.
+    """Serves until SIGTERM or SIGINT; prints one line with the URL when the model is loaded.
 
-    The first signal stops admission at once (503 ``shutting_down``), lets running requests finish within
-    ``drain_timeout_s`` and then aborts them. A second signal aborts them now.
+    It listens at once: while the model loads, probes answer and requests get 503 ``starting``. The first signal stops
+    admission at once (503 ``shutting_down``), lets running requests finish within ``drain_timeout_s`` and then aborts
+    them. A second signal aborts them now.
 
     Returns:
         The exit status, 0 after an orderly end.
 
     Raises:
-        ConfigError: ``address_unavailable``, before the model is loaded.
+        ConfigError: ``address_unavailable``, ``tls_incomplete`` or ``tls_unusable``, before the model is loaded.
         ModelError: from loading the model.
     """
     names = server_config.served_model_name or (engine_config.model.model,)
     config = dataclasses.replace(server_config, served_model_name=names)
-    with _bind(config) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with bind(config) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_serve_tenants(engine_config, config, listener))
 
 
@@ -153,7 +167,7 @@ async def _serve_tenants(engine_config: EngineConfig, config: ServerConfig, list
     with contextlib.ExitStack() as stack:
         admin = []
         if config.access.admin_port is not None:
-            admin.append(stack.enter_context(_bind(dataclasses.replace(config, port=config.access.admin_port))))
+            admin.append(stack.enter_context(bind(dataclasses.replace(config, uds="", port=config.access.admin_port))))
         async with tenants_opened(config) as tenants:
             return await _serve(engine_config, config, listener, tenants, admin)
 
@@ -166,24 +180,26 @@ async def _serve(
     more: Sequence[socket.socket] = (),
 ) -> int:
     metrics = Metrics(config.served_model_name[0])
-    with _signals() as (stop, hurry):
-        llm = await _unless(stop, AsyncLLM.start(engine_config, metrics))
-        if llm is None:
-            return 0
+    crash_dir = Path(config.crash_dir).expanduser() if config.crash_dir else None
+    llm = AsyncLLM(engine_config, metrics, crash_dir)
+    app = create_app(llm, config, metrics, tenants)
+    life: Lifecycle = app.state.lifecycle
+    server = Server(app, config)
+    with _signals(life):
+        serving = asyncio.create_task(server.serve(sockets=[listener, *more]))
         try:
-            app = create_app(llm, config, metrics, tenants)
-            await app.state.backlog.start()
-            server = _Server(app, lambda: _announce(config, listener))
-            serving = asyncio.create_task(server.serve(sockets=[listener, *more]))
-            await _unless(stop, asyncio.shield(serving))
-            app.state.stopping = True
+            await _unless(life.stopping, llm.load())
+            if not life.stopping.is_set():
+                await app.state.backlog.start()
+                print(f"Serving {config.served_model_name[0]} on {address_of(config, listener)}", flush=True)
+                await _unless(life.stopping, asyncio.shield(serving))
             await app.state.backlog.batches.close()
-            await _unless(hurry, llm.drain(config.drain_timeout_s))
+            await _unless(life.hurry, llm.drain(config.drain_timeout_s))
         finally:
             await llm.close()  # what still runs learns it now, while the server can still tell the clients
             await app.state.backlog.close()
-        server.should_exit = True
-        await serving
+            server.should_exit = True
+            await serving
     return 0
 
 
@@ -200,69 +216,44 @@ async def _unless(event: asyncio.Event, work: Awaitable[Any]) -> Any:
         await asyncio.gather(task, waiter, return_exceptions=True)
 
 
-class _Server(uvicorn.Server):
-    """Uvicorn, but signals are ours and readiness is told."""
+class Server(uvicorn.Server):
+    """Uvicorn with our limits. Signals are not its own.
 
-    def __init__(self, app: FastAPI, on_ready: Callable[[], None]) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=int(_FLUSH_S),
-            )
+    Raises:
+        ConfigError: ``tls_incomplete`` or ``tls_unusable``.
+    """
+
+    def __init__(self, app: FastAPI, config: ServerConfig) -> None:
+        options = uvicorn.Config(
+            app,
+            http=functools.partial(Connection, config),  # type: ignore[arg-type]  # only called
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=config.keep_alive_s,
+            timeout_graceful_shutdown=int(_FLUSH_S),
+            **tls_options(config),
         )
-        self._on_ready = on_ready
+        load_tls(options)
+        super().__init__(options)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._on_ready()
-
-
-def _announce(config: ServerConfig, listener: socket.socket) -> None:
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    print(f"Serving {config.served_model_name[0]} on http://{shown}:{port}", flush=True)
-
-
-def _bind(config: ServerConfig) -> socket.socket:
-    """A socket that holds the address. It does not listen yet: until the model is loaded, connections are refused."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        raise ConfigError(
-            "address_unavailable", f"Cannot listen on {config.host}:{config.port}: {error.strerror}.", "port"
-        ) from None
-    return listener
-
 
 @contextlib.contextmanager
-def _signals() -> Iterator[tuple[asyncio.Event, asyncio.Event]]:
-    """While it lasts, the first SIGTERM or SIGINT sets the first event, and the next one the second."""
+def _signals(life: Lifecycle) -> Iterator[None]:
+    """While it lasts, SIGTERM and SIGINT end the server."""
     loop = asyncio.get_running_loop()
-    stop, hurry = asyncio.Event(), asyncio.Event()
 
     def on_signal(*_: Any) -> None:
-        loop.call_soon_threadsafe(lambda: (hurry if stop.is_set() else stop).set())
+        loop.call_soon_threadsafe(life.signal)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield stop, hurry
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

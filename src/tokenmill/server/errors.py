@@ -5,6 +5,8 @@ Source: https://platform.openai.com/docs/guides/error-codes, https://docs.anthro
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 from starlette.responses import Response
 
@@ -17,7 +19,11 @@ _STATUS = {
     "model_not_found": 404,
     "not_found": 404,
     "method_not_allowed": 405,
+    # The limit was the client's own: a 5xx would be held against the server.
+    "deadline_exceeded": 408,
+    "body_too_slow": 408,
     "body_too_large": 413,
+    "headers_too_large": 431,
     "client_gone": 499,
     "queue_full": 429,
     "invalid_api_key": 401,
@@ -75,7 +81,8 @@ def anthropic_body_of(error: TokenmillError) -> JSON:
 def response_of(error: TokenmillError, path: str) -> Response:
     """The answer to a request to `path` that failed before anything was sent."""
     status = status_of(error)
-    headers = {"retry-after": str(_RETRY_AFTER_S)} if status in (429, 503) else None
+    seconds = error.retry_after_s if isinstance(error, UnavailableError) else _RETRY_AFTER_S
+    headers = {"retry-after": str(math.ceil(seconds))} if status in (429, 503) else None
     body = anthropic_body_of(error) if path.startswith("/v1/messages") else body_of(error)
     return Response(msgspec.json.encode(body), status, headers, "application/json")
 

@@ -55,6 +55,11 @@ async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tu
 
     The first exception of a stream ends everything.
     """
+    if len(streams) == 1:  # the common case needs no tasks
+        async with contextlib.aclosing(streams[0]) as only:
+            async for item in only:
+                yield 0, item
+        return
     queue: asyncio.Queue[tuple[int, T] | BaseException | None] = asyncio.Queue()
 
     async def pump(number: int, stream: AsyncGenerator[T, None]) -> None:
@@ -70,13 +75,13 @@ async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tu
     running = len(tasks)
     try:
         while running:
-            item = await queue.get()
-            if item is None:
+            came = await queue.get()
+            if came is None:
                 running -= 1
-            elif isinstance(item, BaseException):
-                raise item
+            elif isinstance(came, BaseException):
+                raise came
             else:
-                yield item
+                yield came
     finally:
         for task in tasks:
             task.cancel()

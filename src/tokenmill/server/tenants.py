@@ -44,7 +44,7 @@ class Tenants:
         """What somebody who was let in earlier may now."""
         return self.keyring.current if self.keyring is not None else lambda principal: principal
 
-    def accounting(self, max_model_len: int) -> Accounting:
+    def accounting(self, max_model_len: Callable[[], int]) -> Accounting:
         """The interceptor that limits and charges calls."""
         limits = RateLimits(self.quotas, self.prices, max_model_len)
         return Accounting(limits, self.ledger, self.prices, MachineTime())

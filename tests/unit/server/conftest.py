@@ -19,8 +19,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tokenmill.engine.config import EngineConfig
 from tokenmill.llm import Health
-from tokenmill.server.app import _bind, _Server, create_app
+from tokenmill.server.app import Server, create_app
 from tokenmill.server.config import ServerConfig, StoreConfig
+from tokenmill.server.listener import address_of, bind
 from tokenmill.server.metrics import Metrics
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.types import (
@@ -84,7 +85,13 @@ class ScriptedLLM:
         """Request ids in the order they ended, and whether they were given up."""
 
         self.drained = asyncio.Event()
-        self.closed = False
+        self.closed = self.refusing = False
+
+    async def load(self) -> None:
+        pass
+
+    def refuse(self) -> None:
+        self.refusing = True
 
     async def drain(self, timeout_s: float) -> None:
         await self.drained.wait()
@@ -237,18 +244,23 @@ async def http(app: FastAPI) -> AsyncIterator[httpx2.AsyncClient]:
         yield client
 
 
+@contextlib.asynccontextmanager
+async def serving(app: FastAPI, config: ServerConfig) -> AsyncIterator[str]:
+    """The app behind a real socket; yields its address."""
+    with bind(config) as listener:
+        server = Server(app, config)
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0)
+        yield address_of(config, listener)
+        server.should_exit = True
+        await task
+
+
 @pytest.fixture
 async def url(app: FastAPI) -> AsyncIterator[str]:
-    """The app behind a real socket."""
-    ready = asyncio.Event()
-    with contextlib.closing(_bind(ServerConfig(port=0))) as listener:
-        port = listener.getsockname()[1]
-        server = _Server(app, ready.set)
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        await ready.wait()
-        yield f"http://127.0.0.1:{port}"
-        server.should_exit = True
-        await serving
+    async with serving(app, ServerConfig(port=0)) as address:
+        yield address
 
 
 @pytest.fixture

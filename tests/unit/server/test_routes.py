@@ -48,9 +48,57 @@ async def test_health(http: httpx2.AsyncClient, app: FastAPI, llm: Any) -> None:
     assert answer.json()["reason"] == "No step has ended for 130 s."
 
     llm.state = Health(True, "", 0.0, 0, 0)
-    app.state.stopping = True
+    app.state.lifecycle.drain()
     answer = await http.get("/health")
     assert (answer.status_code, answer.json()["status"]) == (503, "shutting_down")
+
+
+@pytest.mark.parametrize(
+    ("state", "startup", "live", "ready"),
+    [
+        (Health(True, "", 0.0, 1, 0), 200, 200, (200, "ok")),
+        (Health(False, "", 0.0, 0, 0, phase="weights", percent=41.26), 503, 200, (503, "starting")),
+        (Health(False, "It died.", 0.0, 0, 0, phase="restarting"), 200, 200, (503, "restarting")),
+        (Health(False, "No step.", 99.0, 1, 0, hung=True), 200, 503, (503, "hung")),
+        (Health(True, "", 0.0, 8, 9, full=True), 200, 200, (503, "saturated")),
+    ],
+    ids=["ready", "loading", "restarting", "hung", "saturated"],
+)
+async def test_probes(http: httpx2.AsyncClient, llm: Any, state: Health, startup: int, live: int, ready: Any) -> None:
+    llm.state = state
+    answers = {path: await http.get(path) for path in ("/startupz", "/livez", "/readyz")}
+    assert [answer.status_code for answer in answers.values()] == [startup, live, ready[0]]
+    assert answers["/readyz"].json()["status"] == ready[1]
+    assert answers["/startupz"].json()["percent"] == round(state.percent, 1)
+
+
+async def test_requests_for_a_model_that_still_loads_are_told_to_come_back(http: httpx2.AsyncClient, llm: Any) -> None:
+    llm.state = Health(False, "", 0.0, 0, 0, phase="weights", percent=12.0)
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        answer = await http.post(path, json={"prompt": "a"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "starting")
+        assert int(answer.headers["retry-after"]) >= 1
+    assert (await http.get("/metrics")).status_code == 200
+
+
+async def test_a_drain_is_seen_before_anything_is_refused(http: httpx2.AsyncClient, app: FastAPI, llm: Any) -> None:
+    assert "tokenmill:draining{" in (await http.get("/metrics")).text
+    answer = await http.post("/admin/drain", params={"delay_s": 3600})
+    assert answer.status_code == 202
+    assert (await http.get("/readyz")).json()["status"] == "draining"
+    assert not llm.refusing
+    assert (await http.post("/v1/completions", json={"prompt": "a"})).status_code == 200
+    assert not app.state.lifecycle.stopping.is_set()
+    await http.post("/admin/drain")
+    assert llm.refusing
+    assert app.state.lifecycle.stopping.is_set()
+    assert 'tokenmill:draining{engine="0",model_name="scripted"} 1.0' in (await http.get("/metrics")).text
+
+
+async def test_a_delay_that_is_no_number_is_refused(http: httpx2.AsyncClient, llm: Any) -> None:
+    answer = await http.post("/admin/drain", params={"delay_s": "soon"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "delay_s")
+    assert not llm.refusing
 
 
 def test_routes_are_the_files_of_their_folder() -> None:

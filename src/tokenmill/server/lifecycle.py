@@ -1,0 +1,58 @@
+"""How the server goes: not ready, then no admission, then idle, then gone."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import cast
+
+from starlette.requests import Request
+
+from tokenmill.llm import AsyncLLM
+
+__all__ = ["Lifecycle", "lifecycle_of"]
+
+
+class Lifecycle:
+    """Asked to end the server by signals and by ``POST /admin/drain``.
+
+    Attributes:
+        draining: whether the end has begun: the server is not ready any more.
+        stopping: set when admission stops.
+        hurry: set when what still runs is not waited for.
+    """
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        self._llm = llm
+        self._signalled = False
+        self.draining = False
+        self.stopping = asyncio.Event()
+        self.hurry = asyncio.Event()
+
+    def drain(self, delay_s: float = 0.0) -> None:
+        """Begins the end, unless it has begun.
+
+        Args:
+            delay_s: how long requests are still taken, so that those who route them can see that the server is not
+                ready before one is refused.
+        """
+        self.draining = True
+        if delay_s > 0:
+            asyncio.get_running_loop().call_later(delay_s, self._stop)
+        else:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._llm.refuse()
+        self.stopping.set()
+
+    def signal(self) -> None:
+        """The first one drains, also where a drain is under way with a delay; the second does not wait."""
+        if self._signalled:
+            self.hurry.set()
+        self._signalled = True
+        self.drain()
+
+
+def lifecycle_of(request: Request) -> Lifecycle:
+    """The lifecycle of the server that took `request`."""
+    return cast(Lifecycle, request.app.state.lifecycle)
