@@ -19,6 +19,7 @@ import psutil
 import uvicorn
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import State as AppState
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -28,6 +29,7 @@ from tokenmill.engine.config import EngineConfig
 from tokenmill.errors import MissingDependencyError, RequestError, TokenmillError
 from tokenmill.llm import AsyncLLM
 from tokenmill.registry import Registry
+from tokenmill.server.backlog import Backlog
 from tokenmill.server.call import Interceptor
 from tokenmill.server.config import SCORERS, ObserveConfig, ServerConfig
 from tokenmill.server.connection import Connection
@@ -37,6 +39,7 @@ from tokenmill.server.filter import FilterChain
 from tokenmill.server.lifecycle import Lifecycle
 from tokenmill.server.listener import address_of, bind, load_tls, tls_options
 from tokenmill.server.logs import RequestLog, configure
+from tokenmill.server.loopback import Loopback
 from tokenmill.server.metrics import Metrics
 from tokenmill.server.middleware.access import Access
 from tokenmill.server.middleware.body_limit import BodyLimit
@@ -45,6 +48,8 @@ from tokenmill.server.middleware.startup import Startup
 from tokenmill.server.middleware.watch import Watch
 from tokenmill.server.openapi import describe
 from tokenmill.server.service import Service
+from tokenmill.server.state import State
+from tokenmill.server.store import state_folder
 from tokenmill.server.tenants import Tenants, tenants_opened
 from tokenmill.text.dialect import choose
 
@@ -75,7 +80,7 @@ def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics, tenants: T
     choose(None, *parsers)  # a name that does not exist is told now
     app = FastAPI(title="tokenmill", version=tokenmill.__version__, docs_url=None, redoc_url=None)
     app.openapi = functools.partial(describe, app)  # type: ignore[method-assign]
-    app.state.service = Service(
+    app.state.service = service = Service(
         llm,
         metrics,
         names=config.served_model_name or (llm.model_name,),
@@ -94,16 +99,32 @@ def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics, tenants: T
     app.state.scorer = SCORERS.get(config.score_by)
     app.state.tenants = tenants
     app.state.lifecycle = Lifecycle(llm)
+    state = State(state_folder(config.store))
+    app.state.backlog = Backlog(state, service, Loopback(_endpoints(app.state), tenants.current), config.keep)
+    _furnish(app)
+    uploads = {"/v1/files": int(config.keep.max_file_mib * 2**20)}
+    app.add_middleware(BodyLimit, limit=int(config.max_body_mib * 2**20), uploads=uploads)
+    app.add_middleware(Startup, llm=llm)
+    app.add_middleware(Access, recognize=tenants.recognize, admin_port=config.access.admin_port)
+    app.add_middleware(RequestId)
+    app.add_middleware(Watch, metrics=metrics)  # the last one added is the first to see a request
+    return app
+
+
+def _furnish(app: FastAPI) -> None:
     for name in ROUTES.names():
         app.include_router(ROUTES.get(name))
     app.add_exception_handler(TokenmillError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.add_middleware(BodyLimit, limit=int(config.max_body_mib * 2**20))
-    app.add_middleware(Startup, llm=llm)
-    app.add_middleware(Access, recognize=tenants.recognize, admin_port=config.access.admin_port)
+
+
+def _endpoints(state: AppState) -> FastAPI:
+    """The same endpoints for requests that were let in before: no limits, and nobody asks for keys."""
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    app.state = state
+    _furnish(app)
     app.add_middleware(RequestId)
-    app.add_middleware(Watch, metrics=metrics)  # the last one added is the first to see a request
     return app
 
 
@@ -197,12 +218,15 @@ async def _serve(
                 seconds = time.time() - psutil.Process().create_time()
                 metrics.started(seconds)
                 _logger.info("ready", extra={"fields": {"start_s": round(seconds, 3)}})
+                await app.state.backlog.start()
                 print(f"Serving {config.served_model_name[0]} on {address_of(config, listener)}", flush=True)
                 await _unless(life.stopping, asyncio.shield(serving))
             _logger.info("shutting down")
+            await app.state.backlog.batches.close()
             await _unless(life.hurry, llm.drain(config.drain_timeout_s))
         finally:
             await llm.close()  # what still runs learns it now, while the server can still tell the clients
+            await app.state.backlog.close()
             server.should_exit = True
             await serving
     return 0

@@ -89,7 +89,7 @@ def call_of(
         params=params,
         pooling=pooling,
         principal=principal_of(request),
-        priority=body.priority,
+        priority=getattr(request.state, "priority", body.priority),
         tenant=body.user or "",
         cache_salt=body.cache_salt,
         timeout_s=body.timeout_s,

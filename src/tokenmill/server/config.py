@@ -13,6 +13,7 @@ __all__ = [
     "SCORERS",
     "AccessConfig",
     "FilterConfig",
+    "KeepConfig",
     "ObserveConfig",
     "ServerConfig",
     "StoreConfig",
@@ -82,6 +83,15 @@ class UsageConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class KeepConfig:
+    """What is kept of files, batches and responses."""
+
+    keep_responses_days: int = option(30, "responses are deleted after so many days; 0 keeps none", low=0)
+    max_file_mib: float = option(512.0, "largest file that can be uploaded", low=0.001)
+    batch_concurrency: int = option(8, "requests of batches that may run at once", low=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class ServerConfig:
     """Where the server listens, what a client may take of it, and how it stops."""
 
@@ -110,5 +120,6 @@ class ServerConfig:
     observe: ObserveConfig = dataclasses.field(default_factory=ObserveConfig)
     filters: FilterConfig = dataclasses.field(default_factory=FilterConfig)
     store: StoreConfig = dataclasses.field(default_factory=StoreConfig)
+    keep: KeepConfig = dataclasses.field(default_factory=KeepConfig)
     access: AccessConfig = dataclasses.field(default_factory=AccessConfig)
     usage: UsageConfig = dataclasses.field(default_factory=UsageConfig)

@@ -298,6 +298,11 @@ class Keyring:
             return None
         return principal if new or (old and now < (key.old_until or 0.0)) else None
 
+    def current(self, principal: Principal) -> Principal | None:
+        """What somebody who was let in earlier may now; None when the key is good no more."""
+        key, known = self._known.get(principal.key_id, (None, None))
+        return known if key is not None and key.status(self.keys.now()) == "active" else None
+
     def _principal(self, key: Key) -> Principal:
         spec = key.spec
         salt = key.salt if self._salted else ""

@@ -39,6 +39,11 @@ class Tenants:
         """Whose key a text is."""
         return self.keyring.recognize if self.keyring is not None else lambda _: ANYONE
 
+    @property
+    def current(self) -> Callable[[Principal], Principal | None]:
+        """What somebody who was let in earlier may now."""
+        return self.keyring.current if self.keyring is not None else lambda principal: principal
+
     def accounting(self, max_model_len: Callable[[], int]) -> Accounting:
         """The interceptor that limits and charges calls."""
         limits = RateLimits(self.quotas, self.prices, max_model_len)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from array import array
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -20,7 +21,7 @@ from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.events import Event
 from tokenmill.llm import Health
 from tokenmill.server.app import Server, create_app
-from tokenmill.server.config import ServerConfig
+from tokenmill.server.config import ServerConfig, StoreConfig
 from tokenmill.server.listener import address_of, bind
 from tokenmill.server.metrics import Metrics
 from tokenmill.text.tokenizer import Tokenizer
@@ -235,8 +236,15 @@ def llm(tokenizer: Tokenizer, stats: EngineStats) -> ScriptedLLM:
 
 
 @pytest.fixture
-def app(llm: ScriptedLLM) -> FastAPI:
-    return create_app(llm, ServerConfig(max_body_mib=0.01), Metrics("scripted"))  # type: ignore[arg-type]
+def config(tmp_path: Path) -> ServerConfig:
+    return ServerConfig(max_body_mib=0.01, store=StoreConfig(state=str(tmp_path / "state")))
+
+
+@pytest.fixture
+async def app(llm: ScriptedLLM, config: ServerConfig) -> AsyncIterator[FastAPI]:
+    app = create_app(llm, config, Metrics("scripted"))  # type: ignore[arg-type]
+    yield app
+    await app.state.backlog.close()
 
 
 @contextlib.asynccontextmanager
