@@ -6,13 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 TORCH ?= 2.13.0
-SOURCES := src tests examples benchmarks
+SOURCES := src tests examples benchmarks deploy
 
 # Without an NVIDIA GPU the CPU build of torch saves several gigabytes.
 TORCH_INDEX := $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check sanitize bench
+.PHONY: help setup demo serve test check fuzz sanitize bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ check: $(STAMP)  ## format, lint, types, import contracts, tests: what must pass
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+fuzz: $(STAMP)  ## send 10,000 broken bodies and 2,500 documented requests to a server
+	@$(BIN)/python -m pytest -n0 --cases 10000 --timeout 3000 tests/e2e/test_fuzz.py
 
 sanitize: $(STAMP)  ## run the tests of the native kernels under the address and undefined-behaviour sanitizers
 	@.ci/sanitize

@@ -5,6 +5,10 @@ import pytest
 from tokenmill.testing import random_model
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, default=1000, help="requests that the fuzz tests send (1000)")
+
+
 @pytest.fixture(scope="session")
 def tiny_model_path(tmp_path_factory) -> Path:
     """A random Qwen3 model in fp32 with a byte tokenizer."""

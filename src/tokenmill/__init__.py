@@ -26,7 +26,14 @@ if TYPE_CHECKING:
     )
     from tokenmill.llm import LLM, AsyncLLM
     from tokenmill.models.config import ModelConfig
-    from tokenmill.types import CompletionOutput, FinishReason, RequestOutput, RequestStats, SamplingParams
+    from tokenmill.types import (
+        CompletionOutput,
+        FinishReason,
+        RequestOutput,
+        RequestStats,
+        SamplingParams,
+        StructuredOutput,
+    )
 
 __all__ = [
     "AsyncLLM",
@@ -45,6 +52,7 @@ __all__ = [
     "RequestStats",
     "SamplingParams",
     "SchedulerConfig",
+    "StructuredOutput",
     "TokenmillError",
     "UnavailableError",
     "__version__",
@@ -65,7 +73,14 @@ _HOMES = {
     ),
     "tokenmill.llm": ("AsyncLLM", "LLM"),
     "tokenmill.models.config": ("ModelConfig",),
-    "tokenmill.types": ("CompletionOutput", "FinishReason", "RequestOutput", "RequestStats", "SamplingParams"),
+    "tokenmill.types": (
+        "CompletionOutput",
+        "FinishReason",
+        "RequestOutput",
+        "RequestStats",
+        "SamplingParams",
+        "StructuredOutput",
+    ),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -21,8 +21,10 @@ from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.events import Event
 from tokenmill.engine.executor import LocalExecutor, Progress
+from tokenmill.engine.grammar import Grammars
 from tokenmill.engine.messages import Refused, Step
 from tokenmill.errors import EngineError, RequestError, UnavailableError
+from tokenmill.mailbox import Mailbox
 from tokenmill.models.folder import resolve
 from tokenmill.observer import NO_OBSERVER, Health, Observer
 from tokenmill.text.stream import TextStream
@@ -188,42 +190,6 @@ class _Call:
         return msgspec.structs.replace(self.output, outputs=outputs, stats=list(self.output.stats))
 
 
-class _Mailbox:
-    """What a call has for its caller. Pieces that come faster than they are fetched become one: it cannot grow."""
-
-    def __init__(self, call: _Call) -> None:
-        self.call = call
-        self._new: dict[int, CompletionOutput] = {}
-        self._error: Exception | None = None
-        self._wake = asyncio.Event()
-
-    def put(self, new: CompletionOutput) -> None:
-        held = self._new.setdefault(new.index, new)
-        if held is not new:
-            held.text += new.text
-            held.token_ids += new.token_ids
-            if new.logprobs is not None:
-                held.logprobs = (held.logprobs or []) + new.logprobs
-            held.finish_reason, held.stop_reason, held.error = new.finish_reason, new.stop_reason, new.error
-        self._wake.set()
-
-    def fail(self, error: Exception) -> None:
-        """Ends the call, after what has come before."""
-        self._error = error
-        self._wake.set()
-
-    async def outputs(self) -> AsyncIterator[RequestOutput]:
-        """Everything to the end of the call."""
-        while not self.call.output.finished or self._new:
-            await self._wake.wait()
-            self._wake.clear()
-            if self._new:
-                new, self._new = list(self._new.values()), {}
-                yield self.call.emit(new)
-            if self._error is not None:
-                raise self._error
-
-
 def tokenize(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """The token ids of a prompt.
 
@@ -280,7 +246,9 @@ class LLM:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, model=model))
         self.config = config
         self.tokenizer = Tokenizer.load(resolve(config.model.model))
-        self.engine = Engine(config, LocalExecutor(config, progress))
+        executor = LocalExecutor(config, progress)
+        self.engine = Engine(config, executor)
+        self._grammars = executor.grammars
         self._numbers = itertools.count()
 
     def generate(
@@ -343,6 +311,8 @@ class LLM:
     def _call(self, prompt: Prompt, params: SamplingParams) -> _Call:
         text, ids = _tokenize(self.tokenizer, prompt)
         params = _with_bad_words(self.tokenizer, params)
+        if params.structured is not None:
+            self._grammars.compile(params.structured).result()  # refused here rather than in the engine
         return _Call(str(next(self._numbers)), text, ids, params, self.tokenizer, delta=True)
 
     def _run(self, calls: list[_Call]) -> Iterator[tuple[_Call, CompletionOutput]]:
@@ -393,8 +363,9 @@ class AsyncLLM:
 
         self.config = config
         self._observer = observer
+        self._grammars = Grammars(config)
         self._engine = Supervisor(config, self._on_report, self._on_death, crash_dir)
-        self._calls: dict[str, _Mailbox] = {}
+        self._calls: dict[str, Mailbox[_Call]] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count()
         self._draining = False
@@ -466,6 +437,8 @@ class AsyncLLM:
         """
         arrival = time.monotonic()
         self.check()
+        if params.structured is not None:  # refused here, on a thread, so that the engine meets none to refuse
+            await asyncio.shield(asyncio.wrap_future(self._grammars.compile(params.structured)))
         text, ids = _tokenize(self.tokenizer, prompt)
         name = request_id or f"request-{next(self._numbers)}"
         call = _Call(name, text, ids, _with_bad_words(self.tokenizer, params), self.tokenizer, delta)
@@ -473,7 +446,7 @@ class AsyncLLM:
             raise RequestError(
                 "duplicate_request_id", f"A request {taken[0]!r} is under way; use another id.", "request_id"
             )
-        mailbox = _Mailbox(call)
+        mailbox = Mailbox(call)
         self._calls.update(dict.fromkeys(call.ids, mailbox))
         self._idle.clear()
         try:

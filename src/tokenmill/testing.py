@@ -10,6 +10,7 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.memory import ModelFacts
 from tokenmill.engine.plan import PlannedRow, RowResult, StepPlan, StepResult
+from tokenmill.engine.request import PREPARED
 from tokenmill.models.spec import KVGroup, KVLayout
 from tokenmill.types import EngineOutput, EngineRequest, SamplingParams
 
@@ -84,6 +86,9 @@ class FakeExecutor:
         self._clock = clock
         self._seconds = seconds_per_token
         self._memory: dict[int, dict[int, tuple[int, int, int]]] = {}
+
+    def prepare(self, params: SamplingParams) -> Future[Any]:
+        return PREPARED
 
     def execute(self, plan: StepPlan) -> StepResult:
         self.steps.append(plan)

@@ -26,6 +26,7 @@ __all__ = [
     "RequestOutput",
     "RequestStats",
     "SamplingParams",
+    "StructuredOutput",
     "TokenLogprobs",
 ]
 
@@ -44,6 +45,54 @@ class FinishReason(enum.StrEnum):
     """The caller gave it up or disconnected."""
     ERROR = "error"
     """The engine failed; `ErrorInfo` says how."""
+
+
+class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What the text of an answer must be. Exactly one field is given; the names are vLLM's, apart from `json_schema`.
+
+    Raises:
+        RequestError: ``invalid_parameter`` unless exactly one is given, and it is not empty.
+    """
+
+    json_schema: str | None = None
+    """JSON that a schema allows; the schema as JSON text."""
+    json_object: bool = False
+    """Any JSON object."""
+    regex: str | None = None
+    """A text that the whole of this expression matches."""
+    choice: list[str] | None = None
+    """One of these texts."""
+    grammar: str | None = None
+    """A text of this grammar, in Lark's syntax or in GBNF (rules written with ``::=``)."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__struct_fields__ if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            raise RequestError(
+                "invalid_parameter",
+                f"Structured output needs exactly one of {', '.join(self.__struct_fields__)}; got "
+                f"{' and '.join(given) or 'none'}.",
+                given[-1] if given else "structured",
+            )
+        value = getattr(self, self.kind)
+        for text in value if isinstance(value, list) else [value]:
+            if text is not True and (not isinstance(text, str) or not text or not _is_unicode(text)):
+                raise RequestError("invalid_parameter", f"{self.kind} must be non-empty valid Unicode.", self.kind)
+        if not value:
+            raise RequestError("invalid_parameter", "choice must name at least one text.", "choice")
+
+    @property
+    def kind(self) -> str:
+        """The name of the field that is given."""
+        return next(name for name in self.__struct_fields__ if getattr(self, name) not in (None, False))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -95,6 +144,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: int | None = None
     """The same for each prompt token but the first."""
     skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None
+    """What the text must be: only tokens that can lead there may be chosen."""
 
     def __post_init__(self) -> None:
         stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])

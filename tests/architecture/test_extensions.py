@@ -29,7 +29,7 @@ def _choices():
 
 
 def test_every_kind_of_extension_is_found():
-    assert {"policies", "batching", "families", "commands", "routes"} <= REGISTRIES.keys()
+    assert {"policies", "batching", "families", "commands", "routes", "parsers"} <= REGISTRIES.keys()
 
 
 @pytest.mark.parametrize(("registry", "name"), _choices())

@@ -25,6 +25,7 @@ PUBLIC = [
     "RequestStats",
     "SamplingParams",
     "SchedulerConfig",
+    "StructuredOutput",
     "TokenmillError",
     "UnavailableError",
     "__version__",

@@ -10,13 +10,16 @@ from tokenmill.engine.kv.eviction import EVICTION
 from tokenmill.models.config import ModelConfig
 from tokenmill.registry import Registry
 
-__all__ = ["BATCHING", "POLICIES", "CacheConfig", "EngineConfig", "SchedulerConfig"]
+__all__ = ["BATCHING", "GRAMMARS", "POLICIES", "CacheConfig", "EngineConfig", "SchedulerConfig"]
 
 POLICIES: Registry[Any] = Registry("tokenmill.engine.policies", "policies", "POLICY")
 """Scheduling policies: each module defines ``POLICY``, a subclass of `engine.policy.Policy`."""
 
 BATCHING: Registry[Any] = Registry("tokenmill.engine.batching", "batching", "BATCHING")
 """Batching modes: each module defines ``BATCHING``, a subclass of `engine.policy.Batching`."""
+
+GRAMMARS: Registry[Any] = Registry("tokenmill.engine.grammars", "grammars", "GRAMMAR")
+"""Grammar engines: each module defines ``GRAMMAR``, an `engine.grammar.Backend`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,7 @@ class EngineConfig:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = dataclasses.field(default_factory=SchedulerConfig)
+    grammar_backend: str = option("llguidance", "what computes the masks of structured output", choices=GRAMMARS)
     seed: int = option(0, "seed for requests that bring none")
     events: int = option(65536, "decisions kept in memory for explanations", low=0)
     hang_timeout_s: float = option(120.0, "restart the engine when no step ends for this long; 0 never", low=0)

@@ -93,7 +93,8 @@ class Engine:
         seed = request.params.seed
         if seed is None:
             seed = self._random.getrandbits(63)
-        self.scheduler.add(Request(request, limit, seed, self.kv.block_size, self._clock()))
+        prepared = self._executor.prepare(request.params)
+        self.scheduler.add(Request(request, limit, seed, self.kv.block_size, self._clock(), prepared))
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.request_id))
 

@@ -6,13 +6,17 @@ import atexit
 import gc
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 from tokenmill.device import machine
 from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.grammar import Grammars
 from tokenmill.engine.memory import ModelFacts, size_memory
 from tokenmill.engine.plan import StepPlan, StepResult
+from tokenmill.engine.request import PREPARED
+from tokenmill.types import SamplingParams
 
 __all__ = ["Executor", "LocalExecutor", "Progress"]
 
@@ -28,6 +32,9 @@ class Executor(Protocol):
 
     facts: ModelFacts
 
+    def prepare(self, params: SamplingParams) -> Future[Any]:
+        """Begins what a request with `params` needs before a token of it can be chosen; it waits until that is done."""
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Computes one step. Changes KV memory only. An exception fails the requests of this plan alone."""
 
@@ -37,6 +44,7 @@ class LocalExecutor:
 
     Raises:
         ModelError, ConfigError: the model cannot be loaded, or its memory does not fit.
+        MissingDependencyError: the grammar engine asked for is not installed.
     """
 
     def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
@@ -47,6 +55,7 @@ class LocalExecutor:
         from tokenmill.models.folder import read_generation, resolve
         from tokenmill.models.loader import load
 
+        self.grammars = Grammars(config)
         device = choose_device(config.model.device)
         path = resolve(config.model.model)
         threads = config.model.threads or machine().cores
@@ -74,7 +83,10 @@ class LocalExecutor:
         available = torch.cuda.mem_get_info()[0] if device.type == "cuda" else machine().available_bytes
         eos_ids = read_generation(path).eos_ids
         self.facts = size_memory(config, decoder.spec, decoder.dtype.itemsize, available, eos_ids)
-        self._runner = Runner(decoder, self.facts)
+        self._runner = Runner(decoder, self.facts, self.grammars)
+
+    def prepare(self, params: SamplingParams) -> Future[Any]:
+        return PREPARED if params.structured is None else self.grammars.compile(params.structured)
 
     def execute(self, plan: StepPlan) -> StepResult:
         return self._runner.execute(plan)

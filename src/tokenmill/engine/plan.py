@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from tokenmill.types import SamplingParams, TokenLogprobs
+from tokenmill.types import ErrorInfo, FinishReason, SamplingParams, TokenLogprobs
 
 __all__ = ["PlannedRow", "RowResult", "SampleRow", "StepPlan", "StepResult"]
 
@@ -68,6 +68,10 @@ class RowResult(msgspec.Struct, frozen=True):
     """One entry per token, when asked for."""
     scores: tuple[TokenLogprobs, ...] = ()
     """One entry per token of `PlannedRow.scored`."""
+    ended: FinishReason | None = None
+    """Set, instead of tokens, when the request can have no next one."""
+    error: ErrorInfo | None = None
+    """Why, where that is an error."""
 
 
 class StepResult(msgspec.Struct, frozen=True):

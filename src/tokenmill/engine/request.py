@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from typing import Any
+
 from tokenmill.engine.kv.prefix import Fingerprint
 from tokenmill.engine.kv.sequence import Sequence
 from tokenmill.types import EngineRequest, FinishReason, RequestStats, SamplingParams, TokenLogprobs
 
-__all__ = ["Request"]
+__all__ = ["PREPARED", "Request"]
+
+PREPARED: Future[Any] = Future()
+"""For a request that needs no preparation."""
+PREPARED.set_result(None)
 
 
 class Request(Sequence):
@@ -18,6 +25,7 @@ class Request(Sequence):
         seed: for sampling.
         block_size: tokens per KV block.
         now: when the engine accepted it.
+        prepared: done once a token of it can be chosen.
     """
 
     __slots__ = (
@@ -28,6 +36,7 @@ class Request(Sequence):
         "limit",
         "misses",
         "preemptions",
+        "prepared",
         "prompt_logprobs",
         "queued_since",
         "recomputed",
@@ -36,13 +45,22 @@ class Request(Sequence):
         "source",
     )
 
-    def __init__(self, source: EngineRequest, limit: int, seed: int, block_size: int, now: float) -> None:
+    def __init__(
+        self,
+        source: EngineRequest,
+        limit: int,
+        seed: int,
+        block_size: int,
+        now: float,
+        prepared: Future[Any] = PREPARED,
+    ) -> None:
         fingerprint = Fingerprint(block_size, source.cache_salt, source.adapter)
         # Log probabilities of the prompt need its logits, so it must be computed.
         super().__init__(source.prompt_token_ids, fingerprint, reusable=source.params.prompt_logprobs is None)
         self.source = source
         self.limit = limit
         self.seed = seed
+        self.prepared = prepared
         self.hint: tuple[int, int] | None = None
         """(cache version, tokens) of the last look into the prefix cache while waiting."""
         self.queued_since = now

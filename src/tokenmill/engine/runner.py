@@ -5,9 +5,11 @@ from __future__ import annotations
 from array import array
 from itertools import accumulate
 
+import msgspec
 import torch
 from torch import Tensor
 
+from tokenmill.engine.grammar import Grammars, Masks
 from tokenmill.engine.kv.pool import NULL_BLOCK
 from tokenmill.engine.memory import ModelFacts
 from tokenmill.engine.plan import RowResult, StepPlan, StepResult
@@ -24,16 +26,20 @@ class Runner:
     Args:
         decoder: the loaded model.
         facts: layout and size of the KV memory to allocate.
+        grammars: those that answers must follow.
     """
 
-    def __init__(self, decoder: Decoder, facts: ModelFacts) -> None:
+    def __init__(self, decoder: Decoder, facts: ModelFacts, grammars: Grammars) -> None:
         self._decoder = decoder
         self._layout = facts.layout
         self._cache = decoder.new_cache(facts.layout, facts.num_blocks)
+        self._masks = Masks(grammars, facts)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """Computes one step. Writes KV memory; keeps no other state."""
+        """Computes one step. Writes KV memory; keeps no other state that does not follow from the plans."""
+        wanted = [row.sample for row in plan.rows if row.sample and row.sample.params.structured]
+        pending = self._masks.begin(wanted)
         if plan.copies:
             self._cache.copy_blocks(plan.copies)
         hidden = self._decoder.forward(self._batch(plan), self._cache)
@@ -45,15 +51,18 @@ class Runner:
             if len(chosen) < len(hidden):
                 last = hidden.index_select(0, self._tensor(array("q", [ends[index] - 1 for index in chosen])))
             logits = self._decoder.logits(last)
-            sampled = sample_rows(logits, [row.sample for row in plan.rows if row.sample])
+            masks = {request_id: mask.result() for request_id, mask in pending.items()}
+            sampled = sample_rows(logits, [row.sample for row in plan.rows if row.sample], masks)
             for index, token, logprobs in zip(chosen, sampled.token_ids, sampled.logprobs, strict=True):
                 results[index] = RowResult((token,), () if logprobs is None else (logprobs,))
+            for index in (chosen[place] for place in sampled.stuck):
+                results[index] = masks[plan.rows[index].request_id].ending()
         for index, row in enumerate(plan.rows):
             if row.scored:
                 first = ends[index] - len(row.tokens)
                 logits = self._decoder.logits(hidden[first : first + len(row.scored)])
                 scores = tuple(prompt_logprobs(logits, row.scored, row.scores))
-                results[index] = RowResult(results[index].tokens, results[index].logprobs, scores)
+                results[index] = msgspec.structs.replace(results[index], scores=scores)
         return StepResult(plan.step, tuple(results))
 
     def _batch(self, plan: StepPlan) -> ForwardBatch:

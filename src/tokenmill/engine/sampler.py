@@ -1,14 +1,15 @@
 """From logits to tokens. Plain functions without state: all that a choice depends on is in its `SampleRow`.
 
-The steps and their order are vLLM's: allowed tokens, bad words, minimum length, logit bias, penalties, and then
-`kernels.sample`. Log probabilities are those of the raw logits, before any of this.
+The steps and their order are vLLM's: grammar, allowed tokens, bad words, minimum length, logit bias, penalties, and
+then `kernels.sample`. Log probabilities are those of the raw logits, before any of this.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenmill import kernels
+from tokenmill.engine.grammar import Mask
 from tokenmill.engine.plan import SampleRow
 from tokenmill.types import SamplingParams, TokenLogprobs
 
@@ -37,22 +39,31 @@ class Sampled:
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None]
     """None for the rows that did not ask."""
+    stuck: list[int]
+    """Rows with a mask for which no token is left; what is said of them above means nothing."""
 
 
-def sample_rows(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
+def sample_rows(logits: Tensor, rows: Sequence[SampleRow], masks: Mapping[str, Mask] = MappingProxyType({})) -> Sampled:
     """Chooses the next token of each row.
 
     Args:
         logits: [R, V], any floating dtype; used up: what forbids, favours or penalises tokens is applied in place.
         rows: what each of the R rows asks for. A row's token does not depend on the other rows.
+        masks: what the grammars of those that have one forbid, by request.
     """
     logits = logits.float()
     device = logits.device
     params = [row.params for row in rows]
     wanted = {index: p.logprobs for index, p in enumerate(params) if p.logprobs is not None}
     raw = logits[list(wanted)] if wanted else logits  # a copy of what is about to change
+    masked = [index for index, row in enumerate(rows) if row.request_id in masks] if masks else []
+    for index in masked:
+        forbidden = torch.from_numpy(masks[rows[index].request_id].forbidden)
+        logits[index].masked_fill_(forbidden.to(device), float("-inf"))
     for index, row in enumerate(rows):
         _restrict(logits, index, row)
+    stuck = _without_choice(logits, masked)
+    logits[stuck] = 0.0  # so that what follows has something to choose from
     _penalize(logits, rows)
     temperatures = [0.0 if p.greedy else p.temperature for p in params]
     uniform = np.zeros(len(rows))
@@ -71,7 +82,7 @@ def sample_rows(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
         for index, entry in zip(wanted, _token_logprobs(raw, chosen[list(wanted)], max(wanted.values())), strict=True):
             kept = wanted[index] + 1
             found[index] = TokenLogprobs(entry.token_ids[:kept], entry.logprobs[:kept], entry.rank)
-    return Sampled(chosen.tolist(), found)
+    return Sampled(chosen.tolist(), found, stuck)
 
 
 def prompt_logprobs(logits: Tensor, next_tokens: Sequence[int], k: int) -> list[TokenLogprobs]:
@@ -139,6 +150,14 @@ def _restrict(logits: Tensor, index: int, row: SampleRow) -> None:
     if params.logit_bias:
         biased = _column("q", params.logit_bias, device)
         logits[index, biased] += _column("f", params.logit_bias.values(), device)
+
+
+def _without_choice(logits: Tensor, indices: list[int]) -> list[int]:
+    """Those of the rows `indices` of logits [R, V] that allow no token."""
+    if not indices:
+        return []
+    best = logits[indices].amax(dim=1).tolist()
+    return [index for index, logit in zip(indices, best, strict=True) if logit == float("-inf")]
 
 
 def _ends_with(history: Sequence[int], tail: list[int]) -> bool:

@@ -173,6 +173,10 @@ class Scheduler:
             request = min((r for r in self.waiting.values() if r.id not in passed), key=self._key)
             if draft.budget <= 0 and not self.batching.beyond_budget:
                 return self._defer(request, "token_budget")
+            if not request.prepared.done():
+                self._defer(request, "grammar")
+                passed.add(request.id)
+                continue
             parent = self.requests.get(request.source.parent)
             if parent is not None and parent.computed < request.prompt_len and not request.preemptions:
                 # Completions of one prompt wait for the first of them and then share its blocks.
@@ -290,6 +294,8 @@ class Scheduler:
                     request.first_token = self.now
                     first_waits.append(self.now - request.source.arrival)
                 outputs.append(self._append(request, came))
+            elif came.ended is not None:
+                outputs.append(self.finish(request, came.ended, error=came.error))
         self.policy.stepped(seconds, plan.tokens, first_waits)
         return outputs
 

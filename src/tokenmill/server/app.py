@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import tokenmill
 from tokenmill.engine.config import EngineConfig
@@ -27,42 +29,79 @@ from tokenmill.llm import AsyncLLM
 from tokenmill.registry import Registry
 from tokenmill.server.config import ServerConfig
 from tokenmill.server.connection import Connection
+from tokenmill.server.conversations import Conversations
 from tokenmill.server.errors import response_of
 from tokenmill.server.lifecycle import Lifecycle
 from tokenmill.server.listener import address_of, bind, load_tls, tls_options
 from tokenmill.server.metrics import Metrics
 from tokenmill.server.middleware.body_limit import BodyLimit
 from tokenmill.server.middleware.request_id import RequestId
-from tokenmill.server.middleware.startup import Startup
+from tokenmill.server.middleware.starting import Starting
 from tokenmill.server.openapi import describe
 from tokenmill.server.service import Service
+from tokenmill.text.dialect import choose
 
 __all__ = ["Server", "create_app", "serve"]
 
 ROUTES: Registry[APIRouter] = Registry("tokenmill.server.routes", "routes", "ROUTER")
 """Groups of endpoints: each module defines ``ROUTER``."""
 
+_WITHOUT_MODEL = ("admin_drain", "health", "metrics")
+"""Routes that are there before the model."""
+
 _FLUSH_S = 5.0
 """How long connections may take to send what is already produced, once the engine is idle."""
 
 
-def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics) -> FastAPI:
-    """The ASGI app. The model need not be loaded yet."""
+def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics, lifecycle: Lifecycle | None = None) -> FastAPI:
+    """The ASGI app around a loaded model."""
+    service = Service(
+        llm,
+        metrics,
+        names=config.served_model_name or (llm.model_name,),
+        created=int(time.time()),
+        fingerprint=_fingerprint(llm),
+        interceptors=(Conversations(llm.tokenizer),),
+        dialects=choose(llm.tokenizer.chat_template, config.tool_parser, config.reasoning_parser),
+    )
+    return _app(service, config, lifecycle or Lifecycle(llm), ROUTES.names())
+
+
+def _app(service: Service, config: ServerConfig, lifecycle: Lifecycle, routes: Iterable[str]) -> FastAPI:
     app = FastAPI(title="tokenmill", version=tokenmill.__version__, docs_url=None, redoc_url=None)
     app.openapi = functools.partial(describe, app)  # type: ignore[method-assign]
-    app.state.service = Service(llm, metrics, config.served_model_name or (llm.model_name,), int(time.time()))
-    app.state.lifecycle = life = Lifecycle(llm)
-    metrics.watch("tokenmill:draining", "1 while the server takes no new requests and ends.", lambda: life.draining)
-    metrics.watch("tokenmill:engine_restarts", "How often the engine was started again.", lambda: llm.health().restarts)
-    for name in ROUTES.names():
+    app.state.service = service
+    app.state.lifecycle = lifecycle
+    for name in routes:
         app.include_router(ROUTES.get(name))
     app.add_exception_handler(TokenmillError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_middleware(BodyLimit, limit=int(config.max_body_mib * 2**20))
-    app.add_middleware(Startup, llm=llm)
     app.add_middleware(RequestId)  # the last one added is the first to see a request
     return app
+
+
+class Front:
+    """The app as it is now: probes and metrics while the model loads, and 503 ``starting`` for the rest; then all."""
+
+    def __init__(self, llm: AsyncLLM, config: ServerConfig, metrics: Metrics, lifecycle: Lifecycle) -> None:
+        service = Service(llm, metrics, config.served_model_name, int(time.time()))
+        self._app: ASGIApp = Starting(_app(service, config, lifecycle, _WITHOUT_MODEL), llm)
+        self._parts = (llm, config, metrics, lifecycle)
+
+    def open(self) -> None:
+        """The model is loaded."""
+        self._app = create_app(*self._parts)
+        self._parts[-1].loaded = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+
+def _fingerprint(llm: AsyncLLM) -> str:
+    made_of = repr((tokenmill.__version__, llm.config)).encode()
+    return f"fp_{hashlib.blake2b(made_of, digest_size=5).hexdigest()}"
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
@@ -112,14 +151,17 @@ async def _serve(engine_config: EngineConfig, config: ServerConfig, listener: so
     metrics = Metrics(config.served_model_name[0])
     crash_dir = Path(config.crash_dir).expanduser() if config.crash_dir else None
     llm = AsyncLLM(engine_config, metrics, crash_dir)
-    app = create_app(llm, config, metrics)
-    life: Lifecycle = app.state.lifecycle
-    server = Server(app, config)
+    life = Lifecycle(llm, loaded=False)
+    metrics.watch("tokenmill:draining", "1 while the server takes no new requests and ends.", lambda: life.draining)
+    metrics.watch("tokenmill:engine_restarts", "How often the engine was started again.", lambda: llm.health().restarts)
+    front = Front(llm, config, metrics, life)
+    server = Server(front, config)
     with _signals(life):
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             await _unless(life.stopping, llm.load())
             if not life.stopping.is_set():
+                front.open()
                 print(f"Serving {config.served_model_name[0]} on {address_of(config, listener)}", flush=True)
                 await _unless(life.stopping, asyncio.shield(serving))
             await _unless(life.hurry, llm.drain(config.drain_timeout_s))
@@ -150,7 +192,7 @@ class Server(uvicorn.Server):
         ConfigError: ``tls_incomplete`` or ``tls_unusable``.
     """
 
-    def __init__(self, app: FastAPI, config: ServerConfig) -> None:
+    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         options = uvicorn.Config(
             app,
             http=functools.partial(Connection, config),  # type: ignore[arg-type]  # only called

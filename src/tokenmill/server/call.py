@@ -14,10 +14,9 @@ from starlette.requests import Request
 
 from tokenmill.llm import Prompt
 from tokenmill.server.principal import ANYONE, Principal, principal_of
-from tokenmill.server.schemas.request import Generation
 from tokenmill.types import JSON, RequestOutput, RequestStats, SamplingParams
 
-__all__ = ["Call", "Interceptor", "Outcome", "Tally", "call_of"]
+__all__ = ["Asked", "Call", "Interceptor", "Outcome", "Tally", "call_of"]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -45,14 +44,32 @@ class Call:
     headers: dict[str, str] = dataclasses.field(default_factory=dict)
     """Headers that go out with the answer; interceptors add theirs before it begins."""
     context: JSON = dataclasses.field(default_factory=dict)
-    """What the endpoint knows besides: ``messages`` and ``tools`` of a conversation, ``metadata``."""
+    """What the endpoint knows besides: ``messages``, ``tools`` and ``variables`` of a conversation, the name that the
+    client gave it as ``conversation``, ``metadata``."""
+    report: JSON = dataclasses.field(default_factory=dict)
+    """What interceptors have to tell the client, should it ask."""
     prompt_token_ids: list[int] = dataclasses.field(default_factory=list)
     """Filled before the interceptors begin."""
 
 
+class Asked(Protocol):
+    """What every body that asks for a generation says about how it is to be served."""
+
+    @property
+    def priority(self) -> int: ...
+    @property
+    def user(self) -> str | None: ...
+    @property
+    def cache_salt(self) -> str: ...
+    @property
+    def timeout_s(self) -> float | None: ...
+    @property
+    def stream(self) -> bool | None: ...
+
+
 def call_of(
     request: Request,
-    body: Generation,
+    body: Asked,
     model: str,
     request_id: str,
     prompt: Prompt,

@@ -20,6 +20,8 @@ class ServerConfig:
     tls_key: str = option("", "PEM file with the certificate's key; empty when it is in the same file")
     tls_client_ca: str = option("", "PEM file of the authorities that clients need a certificate from; empty asks none")
     served_model_name: tuple[str, ...] = option((), "names of the model in the API; none takes the model's own")
+    tool_parser: str = option("auto", "how the model writes tool calls: auto, none, or a name from docs/tools.md")
+    reasoning_parser: str = option("auto", "how the model writes its thoughts: auto, none, or a name")
     max_body_mib: float = option(32.0, "largest request body", low=0.001)
     max_header_kib: int = option(32, "largest request head: line and headers", low=1)
     max_connections: int = option(1024, "open connections; those beyond are answered with 503", low=1)

@@ -121,6 +121,7 @@ class Usage:
     def __init__(self) -> None:
         self._prompts: dict[int, tuple[int, int]] = {}
         self._completion_tokens = 0
+        self._reasoning_tokens = 0
 
     def add(self, prompt: int, output: RequestOutput, generated: bool = True) -> None:
         """Counts one output.
@@ -133,6 +134,10 @@ class Usage:
         if generated:
             self._completion_tokens += sum(len(completion.token_ids) for completion in output.outputs)
 
+    def reasoning(self, tokens: int) -> None:
+        """Counts tokens, already counted as generated, that are no part of the answer proper."""
+        self._reasoning_tokens += tokens
+
     def to_json(self) -> JSON:
         """OpenAI's ``usage``."""
         prompt_tokens = sum(tokens for tokens, _ in self._prompts.values())
@@ -141,6 +146,7 @@ class Usage:
             "completion_tokens": self._completion_tokens,
             "total_tokens": prompt_tokens + self._completion_tokens,
             "prompt_tokens_details": {"cached_tokens": sum(cached for _, cached in self._prompts.values())},
+            "completion_tokens_details": {"reasoning_tokens": self._reasoning_tokens},
         }
 
     def of_chunk(self, options: StreamOptions) -> JSON:

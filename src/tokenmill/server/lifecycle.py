@@ -16,13 +16,15 @@ class Lifecycle:
     """Asked to end the server by signals and by ``POST /admin/drain``.
 
     Attributes:
+        loaded: whether the model is there and the app around it.
         draining: whether the end has begun: the server is not ready any more.
         stopping: set when admission stops.
         hurry: set when what still runs is not waited for.
     """
 
-    def __init__(self, llm: AsyncLLM) -> None:
+    def __init__(self, llm: AsyncLLM, loaded: bool = True) -> None:
         self._llm = llm
+        self.loaded = loaded
         self._signalled = False
         self.draining = False
         self.stopping = asyncio.Event()

@@ -56,10 +56,13 @@ def documented(body: type[BaseModel] | None = None, *statuses: int, **more: Any)
         more: other arguments of the decorator.
     """
     every = {*_OF_EVERY_ENDPOINT, *(_OF_EVERY_BODY if body is not None else ()), *statuses}
-    described: JSON = {
-        "responses": {status: {"model": ErrorAnswer, "description": _STATUSES[status]} for status in sorted(every)}
+    responses: dict[int, JSON] = {
+        status: {"model": ErrorAnswer, "description": _STATUSES[status]} for status in sorted(every)
     }
+    described: JSON = {"responses": responses}
     if body is not None:
+        if "stream" in body.model_fields:
+            responses[200] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
         schema = body.model_json_schema(ref_template=_REF)
         content = {"application/json": {"schema": schema}}
         described["openapi_extra"] = {"requestBody": {"required": True, "content": content}}

@@ -15,6 +15,7 @@ from tokenmill.errors import RequestError, TokenmillError
 from tokenmill.llm import AsyncLLM, tokenize
 from tokenmill.server.call import Call, Interceptor, Tally
 from tokenmill.server.metrics import Metrics
+from tokenmill.text.dialect import Chain
 from tokenmill.types import RequestOutput
 
 __all__ = ["Service", "service_of"]
@@ -33,6 +34,10 @@ class Service:
     """Names of the model in the API; the first one is its own."""
     created: int
     """When the server started, in seconds since 1970."""
+    fingerprint: str = ""
+    """Changes when the same request with the same seed may be answered otherwise: OpenAI's ``system_fingerprint``."""
+    dialects: Chain = dataclasses.field(default_factory=Chain)
+    """How the model writes thoughts and tool calls."""
     interceptors: tuple[Interceptor, ...] = ()
 
     @property

@@ -17,9 +17,10 @@ DONE = b"data: [DONE]\n\n"
 _encoder = msgspec.json.Encoder()
 
 
-def event(fields: JSON) -> bytes:
-    """One event."""
-    return b"data: " + _encoder.encode(fields) + b"\n\n"
+def event(fields: JSON, name: str = "") -> bytes:
+    """One event, with a name if it has one."""
+    data = b"data: " + _encoder.encode(fields) + b"\n\n"
+    return f"event: {name}\n".encode() + data if name else data
 
 
 class Framer:

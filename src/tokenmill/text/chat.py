@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -35,7 +36,8 @@ def render(
     """The prompt for `messages` (OpenAI's format), special tokens included.
 
     Content made of text parts becomes one text, joined by newlines; arguments of tool calls become objects, as
-    templates expect them.
+    templates expect them, that can also be joined to a text, as some do; reasoning gets every name that templates give
+    it; fields that are null are as good as absent.
 
     Args:
         tools: descriptions of functions in OpenAI's format, for templates that show them to the model.
@@ -50,10 +52,11 @@ def render(
         raise RequestError(
             "no_chat_template", "The model has no chat template, so it takes only plain prompts.", "messages"
         )
+    no_content = None if _KNOWS_NO_CONTENT.search(tokenizer.chat_template) else ""
     variables = {
         **tokenizer.special_tokens,
         **template_variables,
-        "messages": [_plain(message, index) for index, message in enumerate(messages)],
+        "messages": [_plain(message, index, no_content) for index, message in enumerate(messages)],
         "tools": list(tools) if tools else None,
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
@@ -83,10 +86,34 @@ def encode_chat(
     return tokenizer.encode(prompt, add_special_tokens=False)
 
 
-def _plain(message: Message, index: int) -> dict[str, Any]:
-    plain = {**message, "content": _text(message.get("content"), f"messages[{index}].content")}
-    if calls := message.get("tool_calls"):
+_KNOWS_NO_CONTENT = re.compile(r"content\W{0,2}\s+is\s+(not\s+)?none")
+"""Found in templates that tell a call without content by null (DeepSeek's); others fail on null or don't look."""
+
+
+class _Arguments(dict[str, Any]):
+    """A call's arguments: an object to most templates, JSON text where one joins it to a text, as DeepSeek's do."""
+
+    def __str__(self) -> str:
+        return _tojson(self)
+
+    def __add__(self, text: str) -> str:
+        return str(self) + text
+
+    def __radd__(self, text: str) -> str:
+        return text + str(self)
+
+
+def _plain(message: Message, index: int, no_content: str | None) -> dict[str, Any]:
+    plain = {key: value for key, value in message.items() if value is not None}
+    calls = plain.pop("tool_calls", ())
+    if calls:
         plain["tool_calls"] = [_with_arguments(call) for call in calls]
+    content = message.get("content")
+    plain["content"] = no_content if calls and content is None else _text(content, f"messages[{index}].content")
+    if thoughts := plain.get("reasoning_content") or plain.get("reasoning"):
+        plain["reasoning_content"] = thoughts
+        if not plain["content"]:  # gpt-oss's template refuses both
+            plain.setdefault("thinking", thoughts)
     return plain
 
 
@@ -114,10 +141,13 @@ def _with_arguments(call: Any) -> Any:
     """A tool call with its arguments as an object. Arguments that are not JSON (models err) stay the text they are."""
     try:
         function = call["function"]
-        arguments = json.loads(function["arguments"])
+        arguments = function["arguments"]
+        parsed = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
     except (TypeError, KeyError, ValueError):
         return call
-    return {**call, "function": {**function, "arguments": arguments}}
+    if isinstance(parsed, Mapping):
+        parsed = _Arguments(parsed)
+    return {**call, "function": {**function, "arguments": parsed}}
 
 
 @functools.lru_cache(maxsize=16)

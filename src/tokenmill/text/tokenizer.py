@@ -45,7 +45,9 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._alphabet = _Alphabet(json.loads(backend.to_str())["decoder"])
-        self._special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        added = backend.get_added_tokens_decoder()
+        self._added_ids = frozenset(added)
+        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._bytes: dict[int, bytes] = {}
         self.special_tokens: Mapping[str, str] = dict(special_tokens or {})
         self.eos_token_ids: tuple[int, ...] = tuple(eos_token_ids)
@@ -113,6 +115,11 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         """Whether the token controls the model and is no text."""
         return token_id in self._special_ids
+
+    def added_id(self, text: str) -> int | None:
+        """The id of the token that was added with just this text, special or not, None when there is none."""
+        token_id: int | None = self._backend.token_to_id(text)
+        return token_id if token_id in self._added_ids else None
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that the token adds to a text; empty for an id that is no token."""

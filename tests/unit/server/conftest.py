@@ -14,6 +14,7 @@ import tokenizers
 from fastapi import FastAPI
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from tokenmill.engine.config import EngineConfig
 from tokenmill.llm import Health
 from tokenmill.server.app import Server, create_app
 from tokenmill.server.config import ServerConfig
@@ -55,6 +56,7 @@ class ScriptedLLM:
     """Stands for `AsyncLLM`: answers every prompt with `pieces`, one token sequence per piece, in every completion."""
 
     model_name = "scripted"
+    config = EngineConfig()
     max_model_len = 2048
 
     def __init__(self, tokenizer: Tokenizer, stats: EngineStats) -> None:

@@ -148,3 +148,56 @@ def test_callers_messages_are_not_changed(tokenizer: Tokenizer) -> None:
 def test_strftime_now(byte_level_backend: Any) -> None:
     template = "{{ strftime_now('%Y') | int > 2000 }}"
     assert render(with_template(byte_level_backend, template), [USER]) == "True"
+
+
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a": "ü"}'}}
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("call.function.arguments | tojson", '{"a": "ü"}'),
+        ("'```json' + call.function.arguments + '```'", '```json{"a": "ü"}```'),
+        ("call.function.arguments", '{"a": "ü"}'),
+        ("call.function.arguments.a", "ü"),
+        ("call.function.arguments is mapping", "True"),
+        ("call.function | tojson", '{"name": "f", "arguments": {"a": "ü"}}'),
+    ],
+)
+def test_arguments_of_a_call_are_an_object_and_a_text(byte_level_backend: Any, expression: str, expected: str) -> None:
+    template = "{% for call in messages[0].tool_calls %}{{ " + expression + " }}{% endfor %}"
+    tokenizer = with_template(byte_level_backend, template)
+    assert render(tokenizer, [{"role": "assistant", "content": None, "tool_calls": [CALL]}]) == expected
+
+
+def test_a_call_without_arguments_has_an_empty_object(byte_level_backend: Any) -> None:
+    tokenizer = with_template(byte_level_backend, "{{ messages[0].tool_calls[0].function.arguments | tojson }}")
+    call = {"function": {"name": "f", "arguments": ""}}
+    assert render(tokenizer, [{"role": "assistant", "tool_calls": [call]}]) == "{}"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [("{{ messages[0]['content'] is none }}", "True"), ("{{ 'x' in messages[0].content }}", "False")],
+)
+def test_a_call_without_content_is_what_the_template_expects(
+    byte_level_backend: Any, template: str, expected: str
+) -> None:
+    message = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    assert render(with_template(byte_level_backend, template), [message]) == expected
+
+
+def test_fields_that_a_client_sends_as_null_are_absent(byte_level_backend: Any) -> None:
+    template = "{{ messages[0].tool_calls is defined }} {{ messages[0].refusal is defined }}"
+    message = {"role": "assistant", "content": "x", "tool_calls": None, "refusal": None}
+    assert render(with_template(byte_level_backend, template), [message]) == "False False"
+    assert render(with_template(byte_level_backend, template), [{**message, "tool_calls": []}]) == "False False"
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+@pytest.mark.parametrize(("content", "thinking"), [("", "So."), ("4", "")])
+def test_reasoning_has_the_name_that_a_template_reads(
+    byte_level_backend: Any, name: str, content: str, thinking: str
+) -> None:
+    tokenizer = with_template(byte_level_backend, "{{ messages[0].reasoning_content }}|{{ messages[0].thinking }}")
+    assert render(tokenizer, [{"role": "assistant", "content": content, name: "So."}]) == f"So.|{thinking}"

@@ -47,6 +47,7 @@ async def completions(request: Request) -> Response:
         "object": "text_completion",
         "created": int(time.time()),
         "model": model,
+        "system_fingerprint": service.fingerprint,
     }
     if body.stream:
         return await EventStream.begin(request, writer.events(Framer(head), streams))

@@ -5,13 +5,13 @@ Source: https://platform.openai.com/docs/api-reference/chat/create
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from tokenmill.errors import RequestError
 from tokenmill.server.schemas.request import Generation, Int, Strict, unsupported
-from tokenmill.types import SamplingParams
+from tokenmill.types import JSON, SamplingParams
 
 __all__ = ["ChatRequest", "Message", "Tool"]
 
@@ -27,13 +27,36 @@ class Message(Strict):
     content: Any = None
 
 
+class Function(Strict):
+    """What a tool does."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
 class Tool(Strict):
     """One tool; shown to the model as it is."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    type: str
-    function: dict[str, Any]
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionChoice(Strict):
+    """A function by its name."""
+
+    name: str
+
+
+class ToolChoice(Strict):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    function: FunctionChoice
 
 
 class ChatRequest(Generation):
@@ -44,15 +67,15 @@ class ChatRequest(Generation):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: list[Tool] | None = None
-    tool_choice: Any = None
-    response_format: dict[str, Any] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     # vLLM's own
     add_generation_prompt: bool = True
+    include_reasoning: bool = True
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     # Without effect here: hints to OpenAI's models and platform.
-    parallel_tool_calls: Any = None
     reasoning_effort: Any = None
     verbosity: Any = None
     prediction: Any = None
@@ -69,10 +92,8 @@ class ChatRequest(Generation):
         self.refuse("functions", "function_call", "audio", "web_search_options")
         if self.modalities not in (None, ["text"]):
             raise unsupported("modalities", "The only modality is text.")
-        if self.response_format is not None and self.response_format.get("type") != "text":
-            raise unsupported("response_format", "The only response_format is text.")
-        if self.tool_choice not in (None, "auto", "none"):
-            raise unsupported("tool_choice", "tool_choice can be 'auto' or 'none'.")
+        if self.tools is None and self.tool_choice not in (None, "auto", "none"):
+            raise RequestError("invalid_parameter", "tool_choice needs tools.", "tool_choice")
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("invalid_parameter", "top_logprobs needs logprobs: true.", "top_logprobs")
         if reserved := _RESERVED_VARIABLES & self.chat_template_kwargs.keys():
@@ -86,8 +107,8 @@ class ChatRequest(Generation):
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self.sampling(max_tokens=limit, logprobs=logprobs, prompt_logprobs=self.prompt_logprobs)
 
-    def shown_tools(self) -> list[dict[str, Any]] | None:
-        """The tools as the template gets them."""
-        if self.tools is None or self.tool_choice == "none":
-            return None
-        return [tool.model_dump(exclude_unset=True) for tool in self.tools]
+    @property
+    def chosen_tool(self) -> str | JSON:
+        """``tool_choice`` as OpenAI writes it."""
+        choice = self.tool_choice
+        return choice.model_dump() if isinstance(choice, ToolChoice) else choice or "auto"

@@ -45,7 +45,9 @@ class CompletionRequest(Generation):
         else:
             limit = 16 if self.max_tokens is None else self.max_tokens
         of_prompt = self.logprobs if self.echo and self.prompt_logprobs is None else self.prompt_logprobs
-        return self.sampling(max_tokens=limit, logprobs=self.logprobs, prompt_logprobs=of_prompt)
+        return self.sampling(
+            max_tokens=limit, logprobs=self.logprobs, prompt_logprobs=of_prompt, structured=self.structured()
+        )
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one or several."""

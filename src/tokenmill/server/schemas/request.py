@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+import json
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from tokenmill.errors import RequestError, did_you_mean
-from tokenmill.types import SamplingParams
+from tokenmill.types import SamplingParams, StructuredOutput
 
 __all__ = ["Generation", "Int", "Seconds", "StreamOptions", "Strict", "parse", "unsupported"]
 
@@ -17,10 +18,12 @@ Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 
-_OWN_SAMPLING = frozenset({"max_tokens", "logprobs", "prompt_logprobs"})
+_OWN_SAMPLING = frozenset({"max_tokens", "logprobs", "prompt_logprobs", "structured"})
 """Sampling parameters that each endpoint reads in its own way."""
 
 _SAMPLING = frozenset(SamplingParams.__struct_fields__) - _OWN_SAMPLING
+
+_GUIDED = ("json", "regex", "choice", "grammar")
 
 
 class Strict(BaseModel):
@@ -44,6 +47,56 @@ class StreamOptions(Strict):
     continuous_usage_stats: bool = False
     """Send the usage so far with every chunk (vLLM)."""
     include_obfuscation: Any = None
+
+
+class JsonSchema(Strict):
+    """A schema with its name."""
+
+    name: str = "answer"
+    description: str | None = None
+    json_schema: Annotated[dict[str, Any] | bool | None, Field(alias="schema")] = None
+    strict: bool | None = None
+    """Without effect: a schema is always followed to the letter."""
+
+
+class ResponseFormat(Strict):
+    """What the answer must be (OpenAI)."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def structured(self) -> StructuredOutput | None:
+        """As the engine takes it."""
+        if self.type == "json_object":
+            return StructuredOutput(json_object=True)
+        if self.type == "text":
+            return None
+        if self.json_schema is None or self.json_schema.json_schema is None:
+            field = "response_format.json_schema.schema"
+            raise RequestError("missing_parameter", f"{field} is missing.", field)
+        return StructuredOutput(json_schema=json.dumps(self.json_schema.json_schema, ensure_ascii=False))
+
+
+class StructuredOutputs(Strict):
+    """What the answer must be (vLLM). One of the fields."""
+
+    # `json` is taken in pydantic's base class.
+    json_schema: Annotated[str | dict[str, Any] | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    def structured(self) -> StructuredOutput:
+        """As the engine takes it."""
+        schema = self.json_schema
+        return StructuredOutput(
+            json_schema=json.dumps(schema, ensure_ascii=False) if isinstance(schema, dict) else schema,
+            regex=self.regex,
+            choice=self.choice,
+            grammar=self.grammar,
+            json_object=bool(self.json_object),
+        )
 
 
 class Generation(Strict):
@@ -81,6 +134,20 @@ class Generation(Strict):
     timeout_s: Seconds | None = None
     """When the answer is of no more use: the request then ends, wherever it is."""
 
+    prompt_cache_key: str | None = None
+    """Names the conversation, for explanations of the prefix cache."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    """vLLM's older names of ``structured_outputs``."""
+
+    cache_report: bool = False
+    """Tell what the prefix cache did for the prompt, and why not more."""
+
     user: str | None = None
     """Who is served: the tenant between whom `fair_share` and `round_robin` share."""
 
@@ -89,7 +156,6 @@ class Generation(Strict):
     store: Any = None
     service_tier: Any = None
     safety_identifier: Any = None
-    prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
 
     def sampling(self, **own: Any) -> SamplingParams:
@@ -106,6 +172,25 @@ class Generation(Strict):
             raise RequestError("invalid_parameter", "stream_options needs stream: true.", "stream_options")
         if self.prompt_logprobs is not None and self.stream:
             raise unsupported("prompt_logprobs", "prompt_logprobs is not sent in a stream; leave stream out.")
+
+    def structured(self) -> StructuredOutput | None:
+        """What the answer must be, from whichever field says so.
+
+        Raises:
+            RequestError: ``invalid_parameter`` when several do.
+        """
+        guided = {name: value for name in _GUIDED if (value := getattr(self, f"guided_{name}")) is not None}
+        asked: list[tuple[str, StructuredOutput]] = []
+        if self.response_format is not None and (found := self.response_format.structured()) is not None:
+            asked.append(("response_format", found))
+        if self.structured_outputs is not None:
+            asked.append(("structured_outputs", self.structured_outputs.structured()))
+        if guided:
+            asked.append((f"guided_{min(guided)}", StructuredOutputs.model_validate(guided).structured()))
+        if len(asked) > 1:
+            names = " and ".join(name for name, _ in asked)
+            raise RequestError("invalid_parameter", f"{names} cannot be asked for together.", asked[-1][0])
+        return asked[0][1] if asked else None
 
     @property
     def usage_options(self) -> StreamOptions:
