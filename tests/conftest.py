@@ -4,6 +4,8 @@ import pytest
 
 from tokenmill.testing import random_model
 
+pytest_plugins = ["services"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", type=int, default=1000, help="requests that the fuzz tests send (1000)")

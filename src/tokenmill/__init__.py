@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tokenmill.types import (
         CompletionOutput,
         FinishReason,
+        PoolingParams,
         RequestOutput,
         RequestStats,
         SamplingParams,
@@ -47,6 +48,7 @@ __all__ = [
     "MissingDependencyError",
     "ModelConfig",
     "ModelError",
+    "PoolingParams",
     "RequestError",
     "RequestOutput",
     "RequestStats",
@@ -76,6 +78,7 @@ _HOMES = {
     "tokenmill.types": (
         "CompletionOutput",
         "FinishReason",
+        "PoolingParams",
         "RequestOutput",
         "RequestStats",
         "SamplingParams",

@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import itertools
 import time
+from array import array
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import msgspec
 
 from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.crash import NO_REPORTS, Reports
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.events import Event
 from tokenmill.engine.executor import LocalExecutor, Progress
@@ -25,8 +27,10 @@ from tokenmill.engine.grammar import Grammars
 from tokenmill.engine.messages import Refused, Step
 from tokenmill.errors import EngineError, RequestError, UnavailableError
 from tokenmill.mailbox import Mailbox
-from tokenmill.models.folder import resolve
+from tokenmill.models.config import ModelConfig
+from tokenmill.models.folder import read_pooling, resolve
 from tokenmill.observer import NO_OBSERVER, Health, Observer
+from tokenmill.prompt import Prompt, as_prompts, text_and_ids, with_bad_words
 from tokenmill.text.stream import TextStream
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.types import (
@@ -35,22 +39,13 @@ from tokenmill.types import (
     EngineRequest,
     EngineStats,
     FinishReason,
+    PoolingParams,
     RequestOutput,
     SamplingParams,
 )
 
-__all__ = ["LLM", "NO_OBSERVER", "AsyncLLM", "Health", "Observer", "Prompt", "tokenize"]
+__all__ = ["LLM", "NO_OBSERVER", "AsyncLLM", "Health", "Observer", "Prompt"]
 
-
-class PromptDict(TypedDict, total=False):
-    """A prompt as vLLM's dictionaries give it: one of the two keys."""
-
-    prompt: str
-    prompt_token_ids: list[int]
-
-
-Prompt = str | Sequence[int] | PromptDict
-"""Text, token ids, or a dictionary with one of them."""
 
 Conversation = Sequence[Mapping[str, Any]]
 """Messages with `role` and `content`."""
@@ -81,9 +76,11 @@ class _Call:
         params: SamplingParams,
         tokenizer: Tokenizer,
         delta: bool,
+        pooling: PoolingParams | None = None,
     ) -> None:
         self.request_id = request_id
         self.params = params
+        self._pooling = pooling
         self._delta = delta
         self.output = RequestOutput(
             request_id=request_id, prompt=prompt, prompt_token_ids=token_ids, outputs=[], finished=False
@@ -123,6 +120,7 @@ class _Call:
                     params=params,
                     arrival=arrival,
                     parent=first if index else "",
+                    pooling=self._pooling,
                     **fields,
                 )
             )
@@ -144,6 +142,8 @@ class _Call:
         self.output.cached_tokens = max(self.output.cached_tokens, came.cached_tokens)
         if came.prompt_logprobs is not None:
             self.output.prompt_logprobs = came.prompt_logprobs
+        if came.embedding:
+            self.output.embedding = array("f", came.embedding)
         new = CompletionOutput(index=output.index, text="", token_ids=[])
         abort = False
         if completion.stop is None:
@@ -190,40 +190,14 @@ class _Call:
         return msgspec.structs.replace(self.output, outputs=outputs, stats=list(self.output.stats))
 
 
-def tokenize(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """The token ids of a prompt.
-
-    Raises:
-        RequestError: ``invalid_prompt`` when it is none of the forms of `Prompt`.
-    """
-    return _tokenize(tokenizer, prompt)[1]
+_NO_TOKENS = SamplingParams(max_tokens=None)
 
 
-def _tokenize(tokenizer: Tokenizer, prompt: Prompt) -> tuple[str | None, list[int]]:
-    """The text, if there is one, and the token ids of a prompt."""
-    if isinstance(prompt, dict):
-        if len(prompt.keys() & {"prompt", "prompt_token_ids"}) != 1:
-            raise RequestError("invalid_prompt", "A prompt needs one of 'prompt' and 'prompt_token_ids'.", "prompt")
-        prompt = prompt["prompt"] if "prompt" in prompt else prompt["prompt_token_ids"]
-    if isinstance(prompt, str):
-        return prompt, tokenizer.encode(prompt)
-    ids = list(prompt)
-    if not all(isinstance(token, int) for token in ids):
-        raise RequestError("invalid_prompt", "A prompt is a text or a list of token ids.", "prompt")
-    return None, ids
-
-
-def _with_bad_words(tokenizer: Tokenizer, params: SamplingParams) -> SamplingParams:
-    """The texts of `bad_words` as token sequences: each as it stands and as it is written after a space."""
-    if not params.bad_words:
-        return params
-    ids = list(params.bad_words_ids)
-    for word in params.bad_words:
-        for text in (word.lstrip(), " " + word.lstrip()):
-            sequence = tokenizer.encode(text, add_special_tokens=False)
-            if sequence and sequence not in ids:
-                ids.append(sequence)
-    return msgspec.structs.replace(params, bad_words=[], bad_words_ids=ids)
+def _pooling_of(config: ModelConfig) -> PoolingParams:
+    """How a model's embeddings are made when a call says nothing."""
+    if config.pooling != "auto":
+        return PoolingParams(pooling=config.pooling)
+    return read_pooling(resolve(config.model))
 
 
 class LLM:
@@ -265,7 +239,7 @@ class LLM:
         Raises:
             RequestError: a prompt or parameter cannot be served; nothing has been generated then.
         """
-        many = _as_prompts(prompts)
+        many = as_prompts(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params or SamplingParams()] * len(many)
         else:
@@ -303,17 +277,38 @@ class LLM:
         ]  # fmt: skip
         return self.generate(prompts, sampling_params)
 
+    @functools.cached_property
+    def pooling(self) -> PoolingParams:
+        """How the model's embeddings are made: as the option `pooling` or its sentence-transformers files say."""
+        return _pooling_of(self.config.model)
+
+    def embed(self, prompts: Prompt | Sequence[Prompt], pooling: PoolingParams | None = None) -> list[RequestOutput]:
+        """Embeds prompts, all at once, and returns their outputs, which have an `embedding`, in order.
+
+        Args:
+            pooling: `LLM.pooling` unless given.
+
+        Raises:
+            RequestError: a prompt or parameter cannot be served.
+            ModelError: the model's files ask for a pooling that does not exist here.
+        """
+        pooling = pooling or self.pooling
+        calls = [self._call(prompt, _NO_TOKENS, pooling) for prompt in as_prompts(prompts)]
+        for _ in self._run(calls):
+            pass
+        return [call.output for call in calls]
+
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Completes one prompt and yields each piece as it comes. Closing the iterator aborts the request."""
         for call, new in self._run([self._call(prompt, sampling_params or SamplingParams())]):
             yield call.emit([new])
 
-    def _call(self, prompt: Prompt, params: SamplingParams) -> _Call:
-        text, ids = _tokenize(self.tokenizer, prompt)
-        params = _with_bad_words(self.tokenizer, params)
+    def _call(self, prompt: Prompt, params: SamplingParams, pooling: PoolingParams | None = None) -> _Call:
+        text, ids = text_and_ids(self.tokenizer, prompt)
+        params = with_bad_words(self.tokenizer, params)
         if params.structured is not None:
             self._grammars.compile(params.structured).result()  # refused here rather than in the engine
-        return _Call(str(next(self._numbers)), text, ids, params, self.tokenizer, delta=True)
+        return _Call(str(next(self._numbers)), text, ids, params, self.tokenizer, delta=True, pooling=pooling)
 
     def _run(self, calls: list[_Call]) -> Iterator[tuple[_Call, CompletionOutput]]:
         """Serves calls to their end and yields what is new to each. Whatever stops it, no request is left behind."""
@@ -339,32 +334,24 @@ class LLM:
             self.engine.abort([child for call in calls for child in call.ids])
 
 
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt as a list of one; a list of prompts as it is."""
-    if isinstance(prompts, str | dict):
-        return [cast(Prompt, prompts)]
-    many = list(cast(Sequence[Any], prompts))
-    return [many] if many and isinstance(many[0], int) else many
-
-
 class AsyncLLM:
     """A model in a process of its own; belongs to one event loop. `start` makes one that serves; one that is made by
     hand loads nothing before `load`, and can be asked for its `health` meanwhile.
 
     Args:
-        crash_dir: folder of the reports about crashes of the engine; None writes none.
+        reports: where crashes of the engine are written down.
     """
 
     tokenizer: Tokenizer
     """There once the model is loaded."""
 
-    def __init__(self, config: EngineConfig, observer: Observer = NO_OBSERVER, crash_dir: Path | None = None) -> None:
+    def __init__(self, config: EngineConfig, observer: Observer = NO_OBSERVER, reports: Reports = NO_REPORTS) -> None:
         from tokenmill.engine.supervisor import Supervisor  # and with it zmq, which only this needs
 
         self.config = config
         self._observer = observer
         self._grammars = Grammars(config)
-        self._engine = Supervisor(config, self._on_report, self._on_death, crash_dir)
+        self._engine = Supervisor(config, self._on_report, self._on_death, reports)
         self._calls: dict[str, Mailbox[_Call]] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count()
@@ -374,14 +361,14 @@ class AsyncLLM:
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, observer: Observer = NO_OBSERVER, crash_dir: Path | None = None
+        cls, config: EngineConfig, observer: Observer = NO_OBSERVER, reports: Reports = NO_REPORTS
     ) -> AsyncLLM:
         """Starts the engine process and waits until the model is loaded.
 
         Raises:
             ModelError, ConfigError, EngineError: whatever kept the engine from starting.
         """
-        llm = cls(config, observer, crash_dir)
+        llm = cls(config, observer, reports)
         await llm.load()
         return llm
 
@@ -420,6 +407,7 @@ class AsyncLLM:
         cache_salt: str = "",
         deadline: float | None = None,
         delta: bool = False,
+        pooling: PoolingParams | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Completes a prompt and yields the output as it grows. Closing the iterator aborts the request.
 
@@ -429,6 +417,7 @@ class AsyncLLM:
             delta: yield only what is new each time, instead of everything so far.
             deadline: when the answer must be complete, on the monotonic clock; then it ends with the error
                 ``deadline_exceeded``.
+            pooling: set to get the embedding of the prompt instead of tokens; see `embed`.
 
         Raises:
             RequestError: the request cannot be served.
@@ -439,9 +428,10 @@ class AsyncLLM:
         self.check()
         if params.structured is not None:  # refused here, on a thread, so that the engine meets none to refuse
             await asyncio.shield(asyncio.wrap_future(self._grammars.compile(params.structured)))
-        text, ids = _tokenize(self.tokenizer, prompt)
+        text, ids = text_and_ids(self.tokenizer, prompt)
         name = request_id or f"request-{next(self._numbers)}"
-        call = _Call(name, text, ids, _with_bad_words(self.tokenizer, params), self.tokenizer, delta)
+        params = with_bad_words(self.tokenizer, params)
+        call = _Call(name, text, ids, params, self.tokenizer, delta, pooling)
         if taken := [child for child in call.ids if child in self._calls]:
             raise RequestError(
                 "duplicate_request_id", f"A request {taken[0]!r} is under way; use another id.", "request_id"
@@ -469,6 +459,21 @@ class AsyncLLM:
         if self._draining:
             raise UnavailableError("shutting_down", "The server is shutting down; send the request to another.")
         self._engine.check()
+
+    @functools.cached_property
+    def pooling(self) -> PoolingParams:
+        """How the model's embeddings are made: as the option `pooling` or its sentence-transformers files say."""
+        return _pooling_of(self.config.model)
+
+    async def embed(self, prompt: Prompt, pooling: PoolingParams | None = None, **fields: Any) -> RequestOutput:
+        """Embeds one prompt and returns the output, which has an `embedding`.
+
+        Args:
+            pooling: `AsyncLLM.pooling` unless given.
+            fields: keyword arguments of `generate`, which raises the errors.
+        """
+        outputs = self.generate(prompt, _NO_TOKENS, pooling=pooling or self.pooling, **fields)
+        return [output async for output in outputs][-1]
 
     def _abandon(self, call: _Call) -> None:
         """Aborts what is left of a call. The engine's answer still closes its books in `_on_report`."""

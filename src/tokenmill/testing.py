@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -19,10 +20,10 @@ import msgspec
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.memory import ModelFacts
-from tokenmill.engine.plan import PlannedRow, RowResult, StepPlan, StepResult
+from tokenmill.engine.plan import PlannedRow, PoolRow, RowResult, StepPlan, StepResult
 from tokenmill.engine.request import PREPARED
 from tokenmill.models.spec import KVGroup, KVLayout
-from tokenmill.types import EngineOutput, EngineRequest, SamplingParams
+from tokenmill.types import EngineOutput, EngineRequest, FinishReason, PoolingParams, SamplingParams
 
 __all__ = [
     "FakeClock",
@@ -59,7 +60,7 @@ def fake_facts(
     """Facts of a model with one layer per entry of `windows`. Token 0 ends a text."""
     groups = tuple(KVGroup(window, (layer,)) for layer, window in enumerate(windows))
     layout = KVLayout(groups, block_size, block_bytes=2 * block_size * 4, kv_heads=1, head_dim=1, buffers=1)
-    return ModelFacts(layout, num_blocks, max_model_len, vocab_size, eos_ids=(0,))
+    return ModelFacts(layout, num_blocks, max_model_len, vocab_size, hidden_size=8, eos_ids=(0,))
 
 
 class FakeExecutor:
@@ -124,14 +125,24 @@ class FakeExecutor:
                 assert found[:2] == (group, position), f"{row.request_id} reads another's block at {position}"
                 expected = history[position] if history is not None else None
                 assert expected is None or found[2] == expected, f"{row.request_id} reads a wrong token at {position}"
+        if row.pool is not None:
+            return RowResult(pooled=self._pool(row, row.pool), ended=FinishReason.STOP if row.pool.last else None)
         if row.sample is None:
             return RowResult()
         assert end == len(row.sample.history), "a row samples before its known tokens are computed"
         return RowResult((self._next_token(row.sample.history),))
 
+    def _pool(self, row: PlannedRow, pool: PoolRow) -> bytes:
+        """Instead of an embedding the tokens that it is made of, so that a test sees each once."""
+        seen = pool.total + array("q", row.tokens).tobytes()
+        return seen if pool.params.pooling == "mean" or pool.last else b""
+
 
 def random_traffic(seed: int, count: int, facts: ModelFacts, tenants: int = 3) -> list[EngineRequest]:
-    """Requests with random prompts, of which many share a beginning, and random limits. Arrival times are 0."""
+    """Requests with random prompts, of which many share a beginning, and random limits. Arrival times are 0.
+
+    Some want an embedding of their prompt.
+    """
     rng = random.Random(seed)
     stems = [[rng.randrange(1, facts.vocab_size) for _ in range(facts.max_model_len)] for _ in range(3)]
     requests = []
@@ -149,6 +160,7 @@ def random_traffic(seed: int, count: int, facts: ModelFacts, tenants: int = 3) -
                 tenant=f"tenant-{rng.randrange(tenants)}",
                 cache_salt=rng.choice(["", "", "salt"]),
                 deadline=rng.choice([None, rng.random() * 100]),
+                pooling=rng.choice([None, None, None, PoolingParams(), PoolingParams(pooling="mean")]),
             )
         )
     return requests

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import math
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "EngineStats",
     "ErrorInfo",
     "FinishReason",
+    "PoolingParams",
     "RequestOutput",
     "RequestStats",
     "SamplingParams",
@@ -193,6 +195,31 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return self.temperature == 0.0 or self.top_k == 1
 
 
+class PoolingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """How to make one embedding of the hidden states of a prompt, those behind the last norm.
+
+    Raises:
+        RequestError: ``invalid_parameter``, naming the field, when a value is out of range.
+    """
+
+    pooling: str = "last"
+    """``last`` takes the state of the last token, ``mean`` the mean over all tokens."""
+    normalize: bool = True
+    """Scale to length 1."""
+    dimensions: int | None = None
+    """Keep the first so many entries, before normalizing, for models trained so (arXiv 2205.13147); None keeps all."""
+
+    def __post_init__(self) -> None:
+        if self.pooling not in ("last", "mean"):
+            raise RequestError(
+                "invalid_parameter", f"pooling must be 'last' or 'mean'; got {self.pooling!r}.", "pooling"
+            )
+        if self.dimensions is not None and self.dimensions < 1:
+            raise RequestError(
+                "invalid_parameter", f"dimensions must be at least 1; got {self.dimensions}.", "dimensions"
+            )
+
+
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One sequence to generate, as the engine takes it: token ids only, `params.n` already spread over requests."""
 
@@ -213,6 +240,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """Name of the LoRA adapter; part of the cache key."""
     parent: str = ""
     """Request whose prompt is the same: wait for it and share its blocks (completions 2..n of one call)."""
+    pooling: PoolingParams | None = None
+    """Set for a request that wants the embedding of its prompt and no tokens."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -261,6 +290,8 @@ class EngineOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     """One entry per new token, when asked for."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """Sent once, with the first token; entry 0 is None."""
+    embedding: bytes = b""
+    """Numbers of type float32, for a request that wants an embedding; sent with its end."""
     cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
@@ -324,6 +355,8 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     finished: bool
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    embedding: array[float] | None = None
+    """Of type float32, for a request that wanted one; its only completion is then empty."""
     stats: list[RequestStats] = []
     """One entry per finished completion."""
 

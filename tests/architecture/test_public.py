@@ -20,6 +20,7 @@ PUBLIC = [
     "MissingDependencyError",
     "ModelConfig",
     "ModelError",
+    "PoolingParams",
     "RequestError",
     "RequestOutput",
     "RequestStats",

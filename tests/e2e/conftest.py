@@ -6,7 +6,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -24,8 +25,11 @@ class Server:
 
 @contextlib.contextmanager
 def running_server(model: str, *flags: str) -> Iterator[Server]:
-    command = [sys.executable, "-m", "tokenmill", "serve", model, "--port", "0", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with contextlib.ExitStack() as stack:
+        if "--state" not in flags:
+            flags = ("--state", stack.enter_context(tempfile.TemporaryDirectory()), *flags)
+        command = [sys.executable, "-m", "tokenmill", "serve", model, "--port", "0", *flags]
+        process = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
         try:
             for line in process.stdout:
                 if found := re.search(r"https?://\S+", line):
@@ -43,3 +47,9 @@ def demo_server() -> Iterator[Server]:
     """A server with the built-in model, shared by the tests of a run."""
     with running_server("demo", "--served-model-name", "demo") as server:
         yield server
+
+
+@pytest.fixture
+def serve() -> Callable[..., contextlib.AbstractContextManager[Server]]:
+    """Starts servers of a test's own: ``with serve("demo", "--flag") as server``."""
+    return running_server

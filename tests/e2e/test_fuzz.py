@@ -28,6 +28,12 @@ VALID: dict[str, dict[str, Any]] = {
     "/v1/completions": COMPLETION | {"logprobs": 1, "echo": True, "top_p": 0.5},
     "/v1/messages": CHAT | {"system": "Be brief."},
     "/v1/messages/count_tokens": {"model": "tiny", "messages": CHAT["messages"]},
+    "/v1/embeddings": {"model": "tiny", "input": ["Hi", "ho"], "dimensions": 4, "encoding_format": "base64"},
+    "/v1/rerank": {"model": "tiny", "query": "Hi", "documents": ["a", {"text": "b"}], "top_n": 1},
+    "/v1/score": {"model": "tiny", "text_1": "Hi", "text_2": ["a", "b"]},
+    "/tokenize": {"model": "tiny", "prompt": "Hi", "return_token_strs": True, "add_special_tokens": True},
+    "/detokenize": {"model": "tiny", "tokens": [72, 105]},
+    "/v1/chat/render": CHAT | {"tools": [], "chat_template_kwargs": {}},
 }
 ODD: list[Any] = [
     None, True, 0, -1, 2**63, -(2**64), 10**40, 1.5, 1e308, "", "x", "\0", "\ud800", "😀", "x" * 5000, [], [[]], {},

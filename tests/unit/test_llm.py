@@ -12,9 +12,10 @@ import pytest
 
 from tokenmill.config import build
 from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.crash import NO_REPORTS, Reports
 from tokenmill.errors import EngineError, ModelError, RequestError, UnavailableError
 from tokenmill.llm import LLM, AsyncLLM
-from tokenmill.types import FinishReason, SamplingParams
+from tokenmill.types import FinishReason, PoolingParams, SamplingParams
 
 
 def config(path, **scheduler) -> EngineConfig:
@@ -130,7 +131,8 @@ def test_a_model_that_is_not_there():
 
 @contextlib.asynccontextmanager
 async def started(path, crash_dir=None, **options):
-    llm = await AsyncLLM.start(build(EngineConfig, {"model": {"model": str(path)}, **options}), crash_dir=crash_dir)
+    reports = Reports(crash_dir, 20) if crash_dir else NO_REPORTS
+    llm = await AsyncLLM.start(build(EngineConfig, {"model": {"model": str(path)}, **options}), reports=reports)
     try:
         yield llm
     finally:
@@ -324,3 +326,31 @@ async def test_an_engine_that_cannot_start_says_why(tiny_model_path):
     with pytest.raises(Exception, match="KV memory") as error:
         await AsyncLLM.start(bad)
     assert error.value.code == "kv_memory_too_small"
+
+
+async def test_embeddings_are_the_same_from_the_other_process(tiny_model_path, llm):
+    expected = [output.embedding for output in llm.embed(["hello", "world"])]
+    assert expected[0].typecode == "f"
+    assert len(expected[0]) == 48
+    async with started(tiny_model_path) as engine:
+        outputs = await asyncio.gather(engine.embed("hello"), engine.embed("world"))
+        assert [output.embedding for output in outputs] == expected
+        assert outputs[0].outputs[0].finish_reason is FinishReason.STOP
+        assert (outputs[0].outputs[0].token_ids, outputs[0].finished) == ([], True)
+        with pytest.raises(RequestError) as refused:
+            await engine.embed("hello", PoolingParams(dimensions=1000))
+        assert refused.value.field == "dimensions"
+
+
+def test_a_bad_text_to_embed_refuses_the_call_and_frees_the_others(llm):
+    with pytest.raises(RequestError) as refused:
+        llm.embed(["fine", ""])
+    assert refused.value.code == "empty_prompt"
+    assert not llm.engine.has_work
+
+
+def test_the_option_says_what_an_embedding_is_made_of(tiny_model_path, llm):
+    mean = LLM(config=build(EngineConfig, {"model": {"model": str(tiny_model_path), "pooling": "mean"}}))
+    (output,) = mean.embed("hello")
+    assert output.embedding == llm.embed("hello", PoolingParams(pooling="mean"))[0].embedding
+    assert output.embedding != llm.embed("hello")[0].embedding

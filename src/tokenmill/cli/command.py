@@ -25,7 +25,7 @@ from tokenmill.registry import Registry
 
 __all__ = ["Command", "build_all", "signature", "values"]
 
-FILE_SECTIONS = frozenset({"model", "cache", "scheduler", "engine", "server", "sampling"})
+FILE_SECTIONS = frozenset({"model", "cache", "scheduler", "engine", "server", "store", "access", "usage", "sampling"})
 """Sections that a configuration file may have. A command skips those it has no use for: one file serves them all."""
 
 

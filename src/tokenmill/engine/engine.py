@@ -108,10 +108,13 @@ class Engine:
             )
         if not prompt:
             raise RequestError("empty_prompt", "The prompt has no tokens; send at least one.", "prompt")
-        if len(prompt) >= longest:
+        room = longest - len(prompt)
+        answer = 0 if request.pooling else 1
+        if room < answer:
+            left = ", with one left for the answer" if answer else ""
             raise RequestError(
                 "prompt_too_long",
-                f"The prompt has {len(prompt)} tokens; at most {longest - 1} fit, with one left for the answer. "
+                f"The prompt has {len(prompt)} tokens; at most {longest - answer} fit{left}. "
                 "Shorten it, or serve with a larger max_model_len.",
                 "prompt",
             )
@@ -128,7 +131,11 @@ class Engine:
         for field, ids in named.items():
             if any(not 0 <= token < vocab for token in ids):
                 raise RequestError("invalid_parameter", f"{field} has token ids outside 0..{vocab - 1}.", field)
-        room = longest - len(prompt)
+        if request.pooling is not None:
+            if (request.pooling.dimensions or 1) > self.facts.hidden_size:
+                message = f"dimensions must be between 1 and {self.facts.hidden_size} for this model."
+                raise RequestError("invalid_parameter", message, "dimensions")
+            return 0
         return room if params.max_tokens is None else min(params.max_tokens, room)
 
     def abort(self, request_ids: Iterable[str]) -> list[EngineOutput]:

@@ -24,6 +24,8 @@ class ModelFacts:
     max_model_len: int
     """Longest sequence, prompt and output."""
     vocab_size: int
+    hidden_size: int
+    """Entries of a hidden state, and so of an embedding."""
     eos_ids: tuple[int, ...]
 
 
@@ -54,4 +56,4 @@ def size_memory(
             f"Set cache.memory_gib to at least {need:.2f} or lower model.max_model_len.",
             "cache.memory_gib",
         )
-    return ModelFacts(layout, num_blocks, min(longest, capacity), spec.vocab_size, eos_ids)
+    return ModelFacts(layout, num_blocks, min(longest, capacity), spec.vocab_size, spec.hidden_size, eos_ids)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from tokenmill.types import ErrorInfo, FinishReason, SamplingParams, TokenLogprobs
+from tokenmill.types import ErrorInfo, FinishReason, PoolingParams, SamplingParams, TokenLogprobs
 
-__all__ = ["PlannedRow", "RowResult", "SampleRow", "StepPlan", "StepResult"]
+__all__ = ["PlannedRow", "PoolRow", "RowResult", "SampleRow", "StepPlan", "StepResult"]
 
 
 class SampleRow(msgspec.Struct, frozen=True):
@@ -28,6 +28,17 @@ class SampleRow(msgspec.Struct, frozen=True):
     """End-of-text and stop tokens: forbidden until `min_tokens` are generated."""
 
 
+class PoolRow(msgspec.Struct, frozen=True):
+    """What the pooler needs beside the hidden states of a row."""
+
+    params: PoolingParams
+    total: bytes
+    """Sum of the states of all tokens before the row's, float64; empty when there are none or none is needed."""
+    prompt_len: int
+    last: bool
+    """Whether the row's tokens are the last of the prompt."""
+
+
 class PlannedRow(msgspec.Struct, frozen=True):
     """Tokens of one request to compute in this step, at positions ``start .. start + len(tokens) - 1``."""
 
@@ -42,6 +53,8 @@ class PlannedRow(msgspec.Struct, frozen=True):
     """The prompt tokens that follow each of `tokens`, where prompt log probabilities are asked for."""
     scores: int = 0
     """Most likely tokens to report for each of `scored`."""
+    pool: PoolRow | None = None
+    """Set for a request that wants an embedding."""
 
 
 class StepPlan(msgspec.Struct, frozen=True):
@@ -68,6 +81,8 @@ class RowResult(msgspec.Struct, frozen=True):
     """One entry per token, when asked for."""
     scores: tuple[TokenLogprobs, ...] = ()
     """One entry per token of `PlannedRow.scored`."""
+    pooled: bytes = b""
+    """For an embedding: the sum so far (`PoolRow.total` of the next row), or what it is made to after the last row."""
     ended: FinishReason | None = None
     """Set, instead of tokens, when the request can have no next one."""
     error: ErrorInfo | None = None

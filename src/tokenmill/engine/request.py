@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenmill.engine.kv.prefix import Fingerprint
 from tokenmill.engine.kv.sequence import Sequence
+from tokenmill.engine.plan import PoolRow
 from tokenmill.types import EngineRequest, FinishReason, RequestStats, SamplingParams, TokenLogprobs
 
 __all__ = ["PREPARED", "Request"]
@@ -35,6 +36,7 @@ class Request(Sequence):
         "hint",
         "limit",
         "misses",
+        "pooled",
         "preemptions",
         "prepared",
         "prompt_logprobs",
@@ -55,8 +57,10 @@ class Request(Sequence):
         prepared: Future[Any] = PREPARED,
     ) -> None:
         fingerprint = Fingerprint(block_size, source.cache_salt, source.adapter)
-        # Log probabilities of the prompt need its logits, so it must be computed.
-        super().__init__(source.prompt_token_ids, fingerprint, reusable=source.params.prompt_logprobs is None)
+        # Log probabilities of the prompt need its logits, and a mean all its states, so it must be computed.
+        averaged = source.pooling is not None and source.pooling.pooling == "mean"
+        reusable = source.params.prompt_logprobs is None and not averaged
+        super().__init__(source.prompt_token_ids, fingerprint, reusable)
         self.source = source
         self.limit = limit
         self.seed = seed
@@ -73,6 +77,8 @@ class Request(Sequence):
         self.cached_tokens = 0
         self.misses: dict[str, int] = {}
         self.prompt_logprobs: list[TokenLogprobs | None] = [None]
+        self.pooled = b""
+        """What the last computed row brought to its embedding."""
 
     @property
     def id(self) -> str:
@@ -81,6 +87,13 @@ class Request(Sequence):
     @property
     def params(self) -> SamplingParams:
         return self.source.params
+
+    def pool_row(self, end: int) -> PoolRow | None:
+        """What the pooler needs for the tokens from `computed` to `end`, if an embedding is wanted."""
+        if self.source.pooling is None:
+            return None
+        total = self.pooled if self.computed else b""  # after a preemption it begins anew
+        return PoolRow(self.source.pooling, total, self.prompt_len, end == self.prompt_len)
 
     def finish_reason(self, token: int, eos_ids: frozenset[int]) -> FinishReason | None:
         """Why the request ends with `token`, its newest; None when it goes on."""

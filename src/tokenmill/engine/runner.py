@@ -13,9 +13,11 @@ from tokenmill.engine.grammar import Grammars, Masks
 from tokenmill.engine.kv.pool import NULL_BLOCK
 from tokenmill.engine.memory import ModelFacts
 from tokenmill.engine.plan import RowResult, StepPlan, StepResult
+from tokenmill.engine.pooler import pool
 from tokenmill.engine.sampler import column_tensor, prompt_logprobs, sample_rows
 from tokenmill.models.batch import ForwardBatch
 from tokenmill.models.decoder import Decoder
+from tokenmill.types import FinishReason
 
 __all__ = ["Runner"]
 
@@ -63,6 +65,9 @@ class Runner:
                 logits = self._decoder.logits(hidden[first : first + len(row.scored)])
                 scores = tuple(prompt_logprobs(logits, row.scored, row.scores))
                 results[index] = msgspec.structs.replace(results[index], scores=scores)
+            if row.pool is not None:
+                pooled = pool(hidden[ends[index] - len(row.tokens) : ends[index]], row.pool)
+                results[index] = RowResult(pooled=pooled, ended=FinishReason.STOP if row.pool.last else None)
         return StepResult(plan.step, tuple(results))
 
     def _batch(self, plan: StepPlan) -> ForwardBatch:

@@ -11,6 +11,8 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 
+import msgspec
+
 from tokenmill.engine.config import SchedulerConfig
 from tokenmill.engine.events import EventLog
 from tokenmill.engine.kv.manager import KVManager
@@ -256,8 +258,8 @@ class Scheduler:
 
     def _row(self, request: Request, count: int) -> PlannedRow:
         start, end = request.computed, request.computed + count
-        sample = None
-        if end == len(request.tokens):
+        sample, pool = None, request.pool_row(end)
+        if end == len(request.tokens) and pool is None:
             stops = request.params.stop_token_ids
             stop_ids = tuple(stops) if request.params.ignore_eos else (*self.eos_ids, *stops)
             sample = SampleRow(
@@ -269,7 +271,8 @@ class Scheduler:
         if scores is not None and request.generated == 0:
             scored = tuple(request.tokens[start + 1 : end + 1])
         tables = tuple(map(tuple, request.tables))
-        return PlannedRow(request.id, start, tuple(request.tokens[start:end]), tables, sample, scored, scores or 0)
+        tokens = tuple(request.tokens[start:end])
+        return PlannedRow(request.id, start, tokens, tables, sample, scored, scores or 0, pool)
 
     # ---- after the step -------------------------------------------------------------------------------------------
 
@@ -288,6 +291,7 @@ class Scheduler:
                 continue
             request.computed = row.start + len(row.tokens)
             request.prompt_logprobs += came.scores
+            request.pooled = came.pooled
             self.kv.commit(request)
             if came.tokens:
                 if request.first_token is None:
@@ -295,7 +299,8 @@ class Scheduler:
                     first_waits.append(self.now - request.source.arrival)
                 outputs.append(self._append(request, came))
             elif came.ended is not None:
-                outputs.append(self.finish(request, came.ended, error=came.error))
+                ended = self.finish(request, came.ended, error=came.error)
+                outputs.append(msgspec.structs.replace(ended, embedding=came.pooled))
         self.policy.stepped(seconds, plan.tokens, first_waits)
         return outputs
 

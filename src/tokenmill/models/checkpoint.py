@@ -62,6 +62,11 @@ class Checkpoint:
                     self._files[name] = file
                     shapes[name] = tuple(described.get_shape())
                     self._sizes[name] = _count(shapes[name]) * _BYTES.get(described.get_dtype(), 1)
+        # A model that was saved without its head, as an embedding model is, names its tensors from inside `model`.
+        self._outside = "model." if "embed_tokens.weight" in shapes else ""
+        shapes = {self._outside + name: shape for name, shape in shapes.items()}
+        self._files = {self._outside + name: file for name, file in self._files.items()}
+        self._sizes = {self._outside + name: size for name, size in self._sizes.items()}
         self.shapes = weight_shapes(spec)
         self._places: dict[str, list[_Place]] = {name: [] for name in self.shapes}
         for place in _match(family, spec, scheme, shapes):
@@ -104,7 +109,7 @@ class Checkpoint:
     def _tensor(self, name: str) -> Tensor:
         # A mapping for each: when the tensor goes, its part of the file no longer counts as memory of this process.
         with safe_open(self._files[name], framework="pt") as tensors:
-            return tensors.get_tensor(name)  # type: ignore[no-any-return]
+            return tensors.get_tensor(name.removeprefix(self._outside))  # type: ignore[no-any-return]
 
     def _stored(self, place: _Place) -> Tensor:
         tensor = self._tensor(place.name)

@@ -36,6 +36,11 @@ class ModelConfig:
     )
     device: str = option("auto", "where to compute; auto is cuda if there is one", choices=("auto", "cpu", "cuda"))
     max_model_len: int = option(0, "longest sequence in tokens; 0 is what model and memory allow", low=0)
+    pooling: str = option(
+        "auto",
+        "what an embedding is made of; auto is as the model's sentence-transformers files say, else the last token",
+        choices=("auto", "last", "mean"),
+    )
     threads: int = option(0, "CPU threads; 0 is all usable cores", low=0)
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 from tokenmill.errors import ConfigError, MissingDependencyError, ModelError, did_you_mean
 from tokenmill.models.family import FAMILIES, Config, Family, unsupported
 from tokenmill.models.spec import ModelSpec
+from tokenmill.types import PoolingParams
 
 __all__ = [
     "Generation",
@@ -19,6 +20,7 @@ __all__ = [
     "read_config",
     "read_generation",
     "read_json",
+    "read_pooling",
     "read_spec",
     "resolve",
     "resolve_dtype",
@@ -84,15 +86,19 @@ def read_config(path: Path) -> Config:
 
 def read_json(file: Path) -> dict[str, Any] | None:
     """The object in a JSON file, None without the file; ModelError ``checkpoint_mismatch`` for anything else."""
+    content = _read(file)
+    if content is not None and not isinstance(content, dict):
+        raise ModelError("checkpoint_mismatch", f"{file} does not hold a JSON object.", file.name)
+    return content
+
+
+def _read(file: Path) -> Any:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise ModelError("checkpoint_mismatch", f"{file} is not valid JSON: {error}.", file.name) from None
-    if not isinstance(content, dict):
-        raise ModelError("checkpoint_mismatch", f"{file} does not hold a JSON object.", file.name)
-    return content
 
 
 def family_of(config: Config) -> Family:
@@ -135,6 +141,34 @@ def read_generation(path: Path) -> Generation:
     ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     sampling = {key: said[key] for key in _SAMPLING if said.get(key) is not None} if said.get("do_sample") else {}
     return Generation(ids, sampling)
+
+
+_POOLINGS = {"pooling_mode_lasttoken": "last", "pooling_mode_mean_tokens": "mean"}
+
+
+def read_pooling(path: Path) -> PoolingParams:
+    """How the model's makers get an embedding, from the files that sentence-transformers writes: ``modules.json`` and
+    the ``config.json`` of its pooling module. Without them the normalized state of the last token.
+
+    Source: https://github.com/UKPLab/sentence-transformers/blob/master/sentence_transformers/models/Pooling.py
+
+    Raises:
+        ModelError: ``unsupported_model`` for a way that does not exist here, ``checkpoint_mismatch`` for malformed
+            files.
+    """
+    modules = _read(path / "modules.json")
+    if modules is None:
+        return PoolingParams()
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise ModelError("checkpoint_mismatch", f"{path / 'modules.json'} does not hold a list of objects.")
+    places = {str(module.get("type")).rpartition(".")[2]: str(module.get("path", "")) for module in modules}
+    if unknown := places.keys() - {"Transformer", "Pooling", "Normalize"}:
+        raise unsupported(f"its embeddings need a module {min(unknown)!r}", "modules.json")
+    said = read_json(path / places["Pooling"] / "config.json") if "Pooling" in places else None
+    modes = [name for name, value in (said or {}).items() if name.startswith("pooling_mode_") and value]
+    if said is not None and (len(modes) != 1 or modes[0] not in _POOLINGS):
+        raise unsupported(f"its pooling {modes} is neither the last token nor the mean", "pooling")
+    return PoolingParams(pooling=_POOLINGS[modes[0]] if modes else "last", normalize="Normalize" in places)
 
 
 def resolve_dtype(config: Config, dtype: str) -> str:

@@ -10,8 +10,7 @@ import hashlib
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import uvicorn
@@ -24,21 +23,25 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import tokenmill
 from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.crash import Reports
 from tokenmill.errors import RequestError, TokenmillError
 from tokenmill.llm import AsyncLLM
 from tokenmill.registry import Registry
-from tokenmill.server.config import ServerConfig
+from tokenmill.server.config import SCORERS, ServerConfig
 from tokenmill.server.connection import Connection
 from tokenmill.server.conversations import Conversations
 from tokenmill.server.errors import response_of
 from tokenmill.server.lifecycle import Lifecycle
 from tokenmill.server.listener import address_of, bind, load_tls, tls_options
 from tokenmill.server.metrics import Metrics
+from tokenmill.server.middleware.access import Access
 from tokenmill.server.middleware.body_limit import BodyLimit
 from tokenmill.server.middleware.request_id import RequestId
 from tokenmill.server.middleware.starting import Starting
 from tokenmill.server.openapi import describe
 from tokenmill.server.service import Service
+from tokenmill.server.store import state_folder
+from tokenmill.server.tenants import Tenants, tenants_opened
 from tokenmill.text.dialect import choose
 
 __all__ = ["Server", "create_app", "serve"]
@@ -53,24 +56,43 @@ _FLUSH_S = 5.0
 """How long connections may take to send what is already produced, once the engine is idle."""
 
 
-def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics, lifecycle: Lifecycle | None = None) -> FastAPI:
-    """The ASGI app around a loaded model."""
+def create_app(
+    llm: AsyncLLM,
+    config: ServerConfig,
+    metrics: Metrics,
+    tenants: Tenants | None = None,
+    lifecycle: Lifecycle | None = None,
+) -> FastAPI:
+    """The ASGI app around a loaded model.
+
+    Args:
+        tenants: whom it serves; None is everybody.
+        lifecycle: of the server that it is part of; None is one of its own.
+    """
+    tenants = tenants or Tenants()
+    accounting = tenants.accounting(llm.max_model_len)
+    metrics.add(accounting)
     service = Service(
         llm,
         metrics,
         names=config.served_model_name or (llm.model_name,),
         created=int(time.time()),
         fingerprint=_fingerprint(llm),
-        interceptors=(Conversations(llm.tokenizer),),
+        interceptors=(accounting, Conversations(llm.tokenizer)),
         dialects=choose(llm.tokenizer.chat_template, config.tool_parser, config.reasoning_parser),
     )
-    return _app(service, config, lifecycle or Lifecycle(llm), ROUTES.names())
+    app = _app(service, config, tenants, lifecycle or Lifecycle(llm), ROUTES.names())
+    app.state.scorer = SCORERS.get(config.score_by)
+    return app
 
 
-def _app(service: Service, config: ServerConfig, lifecycle: Lifecycle, routes: Iterable[str]) -> FastAPI:
+def _app(
+    service: Service, config: ServerConfig, tenants: Tenants, lifecycle: Lifecycle, routes: Iterable[str]
+) -> FastAPI:
     app = FastAPI(title="tokenmill", version=tokenmill.__version__, docs_url=None, redoc_url=None)
     app.openapi = functools.partial(describe, app)  # type: ignore[method-assign]
     app.state.service = service
+    app.state.tenants = tenants
     app.state.lifecycle = lifecycle
     for name in routes:
         app.include_router(ROUTES.get(name))
@@ -78,6 +100,7 @@ def _app(service: Service, config: ServerConfig, lifecycle: Lifecycle, routes: I
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_middleware(BodyLimit, limit=int(config.max_body_mib * 2**20))
+    app.add_middleware(Access, recognize=tenants.recognize, admin_port=config.access.admin_port)
     app.add_middleware(RequestId)  # the last one added is the first to see a request
     return app
 
@@ -85,15 +108,18 @@ def _app(service: Service, config: ServerConfig, lifecycle: Lifecycle, routes: I
 class Front:
     """The app as it is now: probes and metrics while the model loads, and 503 ``starting`` for the rest; then all."""
 
-    def __init__(self, llm: AsyncLLM, config: ServerConfig, metrics: Metrics, lifecycle: Lifecycle) -> None:
+    def __init__(
+        self, llm: AsyncLLM, config: ServerConfig, metrics: Metrics, tenants: Tenants, lifecycle: Lifecycle
+    ) -> None:
         service = Service(llm, metrics, config.served_model_name, int(time.time()))
-        self._app: ASGIApp = Starting(_app(service, config, lifecycle, _WITHOUT_MODEL), llm)
-        self._parts = (llm, config, metrics, lifecycle)
+        self._lifecycle = lifecycle
+        self._app: ASGIApp = Starting(_app(service, config, tenants, lifecycle, _WITHOUT_MODEL), llm)
+        self._make = functools.partial(create_app, llm, config, metrics, tenants, lifecycle)
 
     def open(self) -> None:
         """The model is loaded."""
-        self._app = create_app(*self._parts)
-        self._parts[-1].loaded = True
+        self._app = self._make()
+        self._lifecycle.loaded = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app(scope, receive, send)
@@ -144,20 +170,36 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     names = server_config.served_model_name or (engine_config.model.model,)
     config = dataclasses.replace(server_config, served_model_name=names)
     with bind(config) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_serve(engine_config, config, listener))
+        return runner.run(_serve_tenants(engine_config, config, listener))
 
 
-async def _serve(engine_config: EngineConfig, config: ServerConfig, listener: socket.socket) -> int:
+async def _serve_tenants(engine_config: EngineConfig, config: ServerConfig, listener: socket.socket) -> int:
+    """Opens what the server knows of those who use it, and the port for administrators if they have their own."""
+    with contextlib.ExitStack() as stack:
+        admin = []
+        if config.access.admin_port is not None:
+            own = dataclasses.replace(config, port=config.access.admin_port, uds="")
+            admin.append(stack.enter_context(bind(own)))
+        async with tenants_opened(config) as tenants:
+            return await _serve(engine_config, config, listener, tenants, admin)
+
+
+async def _serve(
+    engine_config: EngineConfig,
+    config: ServerConfig,
+    listener: socket.socket,
+    tenants: Tenants | None = None,
+    more: Sequence[socket.socket] = (),
+) -> int:
     metrics = Metrics(config.served_model_name[0])
-    crash_dir = Path(config.crash_dir).expanduser() if config.crash_dir else None
-    llm = AsyncLLM(engine_config, metrics, crash_dir)
+    crashes = Reports(state_folder(config.store) / "crashes", config.crash_reports)
+    llm = AsyncLLM(engine_config, metrics, crashes)
     life = Lifecycle(llm, loaded=False)
-    metrics.watch("tokenmill:draining", "1 while the server takes no new requests and ends.", lambda: life.draining)
-    metrics.watch("tokenmill:engine_restarts", "How often the engine was started again.", lambda: llm.health().restarts)
-    front = Front(llm, config, metrics, life)
+    metrics.add(life)
+    front = Front(llm, config, metrics, tenants or Tenants(), life)
     server = Server(front, config)
     with _signals(life):
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        serving = asyncio.create_task(server.serve(sockets=[listener, *more]))
         try:
             await _unless(life.stopping, llm.load())
             if not life.stopping.is_set():

@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from tokenmill.llm import Prompt
 from tokenmill.server.principal import ANYONE, Principal, principal_of
-from tokenmill.types import JSON, RequestOutput, RequestStats, SamplingParams
+from tokenmill.types import JSON, PoolingParams, RequestOutput, RequestStats, SamplingParams
 
 __all__ = ["Asked", "Call", "Interceptor", "Outcome", "Tally", "call_of"]
 
@@ -31,6 +31,8 @@ class Call:
     """The name that the client asked for."""
     prompt: Prompt
     params: SamplingParams
+    pooling: PoolingParams | None = None
+    """Set when the embedding of the prompt is wanted and no completion."""
     principal: Principal = ANYONE
     priority: int = 0
     tenant: str = ""
@@ -75,6 +77,7 @@ def call_of(
     prompt: Prompt,
     params: SamplingParams,
     context: JSON | None = None,
+    pooling: PoolingParams | None = None,
 ) -> Call:
     """A call for one prompt of an HTTP request."""
     traced = {name: value for name in ("traceparent", "tracestate") if (value := request.headers.get(name))}
@@ -84,6 +87,7 @@ def call_of(
         model=model,
         prompt=prompt,
         params=params,
+        pooling=pooling,
         principal=principal_of(request),
         priority=body.priority,
         tenant=body.user or "",

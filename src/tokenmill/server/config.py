@@ -3,10 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from tokenmill.config import option
+from tokenmill.registry import Registry
 
-__all__ = ["ServerConfig"]
+__all__ = ["SCORERS", "AccessConfig", "ServerConfig", "StoreConfig", "UsageConfig"]
+
+
+SCORERS: Registry[Any] = Registry("tokenmill.server.scorers", "scorers", "SCORER")
+"""Ways to score how well texts match: each module defines ``SCORER``, a `server.scoring.Scorer`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreConfig:
+    """Where the server keeps what outlives it."""
+
+    state: str = option("", "folder for what the server keeps; empty is ~/.local/state/tokenmill")
+    database: str = option("", "postgresql://... for keys and usage; empty is an SQLite file in the state folder")
+
+
+@dataclasses.dataclass(frozen=True)
+class AccessConfig:
+    """Who may ask for what."""
+
+    auth: bool = option(False, "whether a key is needed; see `tokenmill keys`")
+    salt_caches: bool = option(True, "whether keys are kept from sharing cached prefixes")
+    admin_port: int | None = option(None, "port for /admin and /metrics, instead of the public one", low=1, high=65535)
+    redis: str = option("", "redis://... to count limits for several servers together; empty counts in memory")
+
+
+@dataclasses.dataclass(frozen=True)
+class UsageConfig:
+    """What is written down about requests, and what they cost."""
+
+    ledger: bool = option(True, "whether tokens, times and cost of each request are written to the database")
+    keep_usage_days: int = option(400, "usage older than so many days is deleted", low=1, high=36_500)
+    dollars_per_hour: float = option(0.0, "price of this machine, shared by the requests that are in it", low=0)
+    dollars_per_million_input: float = option(0.0, "price of prompt tokens", low=0)
+    dollars_per_million_output: float = option(0.0, "price of generated tokens", low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +57,9 @@ class ServerConfig:
     served_model_name: tuple[str, ...] = option((), "names of the model in the API; none takes the model's own")
     tool_parser: str = option("auto", "how the model writes tool calls: auto, none, or a name from docs/tools.md")
     reasoning_parser: str = option("auto", "how the model writes its thoughts: auto, none, or a name")
+    score_by: str = option(
+        "embedding", "what rerank and score compare: embeddings, or how likely the model says yes", choices=SCORERS
+    )
     max_body_mib: float = option(32.0, "largest request body", low=0.001)
     max_header_kib: int = option(32, "largest request head: line and headers", low=1)
     max_connections: int = option(1024, "open connections; those beyond are answered with 503", low=1)
@@ -29,6 +67,9 @@ class ServerConfig:
     write_timeout_s: float = option(60.0, "a client that reads nothing for this long is cut off", low=0.1)
     keep_alive_s: int = option(75, "how long an idle connection stays open; more than the load balancer's", low=1)
     drain_timeout_s: float = option(30.0, "how long running requests may go on after SIGTERM", low=0)
-    crash_dir: str = option(
-        "~/.local/state/tokenmill/crashes", "folder for reports about crashes of the engine; empty writes none"
+    crash_reports: int = option(
+        20, "reports about crashes of the engine that are kept in the state folder; 0 writes none", low=0
     )
+    store: StoreConfig = dataclasses.field(default_factory=StoreConfig)
+    access: AccessConfig = dataclasses.field(default_factory=AccessConfig)
+    usage: UsageConfig = dataclasses.field(default_factory=UsageConfig)

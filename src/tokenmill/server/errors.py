@@ -28,7 +28,12 @@ _STATUS = {
     "queue_full": 429,
     "invalid_api_key": 401,
     "insufficient_scope": 403,
+    "model_not_allowed": 403,
+    "key_not_found": 404,
     "rate_limit_exceeded": 429,
+    "concurrency_exceeded": 429,
+    "tokens_per_day_exceeded": 429,
+    "dollars_per_day_exceeded": 429,
 }
 """Codes whose status is not that of their class."""
 

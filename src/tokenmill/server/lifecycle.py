@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from typing import cast
 
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from starlette.requests import Request
 
 from tokenmill.llm import AsyncLLM
@@ -12,8 +15,8 @@ from tokenmill.llm import AsyncLLM
 __all__ = ["Lifecycle", "lifecycle_of"]
 
 
-class Lifecycle:
-    """Asked to end the server by signals and by ``POST /admin/drain``.
+class Lifecycle(Collector):
+    """Asked to end the server by signals and by ``POST /admin/drain``. A collector of its own metrics.
 
     Attributes:
         loaded: whether the model is there and the app around it.
@@ -53,6 +56,13 @@ class Lifecycle:
             self.hurry.set()
         self._signalled = True
         self.drain()
+
+    def collect(self) -> Iterator[Metric]:
+        """Whether it drains, and how often the engine came back."""
+        yield GaugeMetricFamily("tokenmill:draining", "1 while no more requests are taken.", int(self.draining))
+        yield CounterMetricFamily(
+            "tokenmill:engine_restarts", "How often the engine was started again.", self._llm.health().restarts
+        )
 
 
 def lifecycle_of(request: Request) -> Lifecycle:

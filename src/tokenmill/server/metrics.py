@@ -6,9 +6,9 @@ Source of the names: https://docs.vllm.ai/en/latest/usage/metrics.html
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -79,13 +79,13 @@ class Metrics:
             "vllm:iteration_tokens_total", "Tokens computed per engine step.", _STEP_TOKENS
         )
 
-    def watch(self, name: str, help: str, value: Callable[[], float]) -> None:
-        """Adds a gauge whose value is asked for when Prometheus asks."""
-        Gauge(name, help, tuple(self._labels), registry=self._registry).labels(**self._labels).set_function(value)
-
     def _histogram(self, name: str, help: str, buckets: Sequence[float]) -> Histogram:
         family = Histogram(name, help, tuple(self._labels), buckets=buckets, registry=self._registry)
         return family.labels(**self._labels)
+
+    def add(self, collector: Collector) -> None:
+        """Renders what `collector` yields beside our own."""
+        self._registry.register(collector)
 
     def render(self, stats: EngineStats) -> bytes:
         """Everything in Prometheus' text format, the engine being in this state."""

@@ -12,7 +12,8 @@ from typing import cast
 from starlette.requests import Request
 
 from tokenmill.errors import RequestError, TokenmillError
-from tokenmill.llm import AsyncLLM, tokenize
+from tokenmill.llm import AsyncLLM
+from tokenmill.prompt import tokenize
 from tokenmill.server.call import Call, Interceptor, Tally
 from tokenmill.server.metrics import Metrics
 from tokenmill.text.dialect import Chain
@@ -83,6 +84,7 @@ class Service:
                     cache_salt=call.principal.salt + call.cache_salt,
                     deadline=None if call.timeout_s is None else arrival + call.timeout_s,
                     delta=call.delta,
+                    pooling=call.pooling,
                 ),
             )
             async with contextlib.aclosing(outputs):

@@ -116,6 +116,11 @@ class Tokenizer:
         """Whether the token controls the model and is no text."""
         return token_id in self._special_ids
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a token as the vocabulary writes it; None if there is none."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
     def added_id(self, text: str) -> int | None:
         """The id of the token that was added with just this text, special or not, None when there is none."""
         token_id: int | None = self._backend.token_to_id(text)

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import dataclasses
+import math
+from array import array
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -26,6 +28,7 @@ from tokenmill.types import (
     EngineStats,
     ErrorInfo,
     FinishReason,
+    PoolingParams,
     RequestOutput,
     SamplingParams,
     TokenLogprobs,
@@ -50,10 +53,14 @@ class Call:
     delta: bool
     tenant: str
     deadline: float | None
+    pooling: PoolingParams | None
 
 
 class ScriptedLLM:
-    """Stands for `AsyncLLM`: answers every prompt with `pieces`, one token sequence per piece, in every completion."""
+    """Stands for `AsyncLLM`: answers every prompt with `pieces`, one token sequence per piece, in every completion.
+
+    An embedding is how often a, b and c are in the text, and 1.
+    """
 
     model_name = "scripted"
     config = EngineConfig()
@@ -62,6 +69,7 @@ class ScriptedLLM:
     def __init__(self, tokenizer: Tokenizer, stats: EngineStats) -> None:
         self.tokenizer = tokenizer
         self.stats = stats
+        self.pooling = PoolingParams()
         self.pieces = ["Hel", "lo", " world"]
         self.finish = FinishReason.STOP
         self.refusal: Exception | None = None
@@ -104,8 +112,9 @@ class ScriptedLLM:
         delta: bool = False,
         tenant: str = "",
         deadline: float | None = None,
+        pooling: PoolingParams | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        self.calls.append(Call(prompt, params, request_id, priority, cache_salt, delta, tenant, deadline))
+        self.calls.append(Call(prompt, params, request_id, priority, cache_salt, delta, tenant, deadline, pooling))
         if self.refusal is not None:
             raise self.refusal
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -121,6 +130,11 @@ class ScriptedLLM:
         if params.prompt_logprobs is not None:
             output.prompt_logprobs = [None] + [self._logprobs(token) for token in ids[1:]]
         given_up = True
+        if pooling is not None:
+            self._end(whole[0])
+            output.embedding = self._embedding(ids, pooling)
+            yield output
+            return
         try:
             for number, piece in enumerate(self.pieces):
                 for index in range(params.n):
@@ -148,6 +162,12 @@ class ScriptedLLM:
         completion.finish_reason = self.finish
         if self.failure is not None:
             completion.finish_reason, completion.error = FinishReason.ERROR, self.failure
+
+    def _embedding(self, ids: list[int], pooling: PoolingParams) -> "array[float]":
+        text = self.tokenizer.decode(ids)
+        numbers = [float(text.count(letter)) for letter in "abc"] + [1.0]
+        length = math.hypot(*numbers) if pooling.normalize else 1.0
+        return array("f", [number / length for number in numbers][: pooling.dimensions])
 
     def _completion(self, index: int, text: str, params: SamplingParams) -> CompletionOutput:
         ids = self.tokenizer.encode(text, add_special_tokens=False)

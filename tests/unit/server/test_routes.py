@@ -12,6 +12,7 @@ from tokenmill.server.app import ROUTES, Front, create_app
 from tokenmill.server.config import ServerConfig
 from tokenmill.server.lifecycle import Lifecycle
 from tokenmill.server.metrics import Metrics
+from tokenmill.server.tenants import Tenants
 
 
 async def test_models(client: openai.AsyncOpenAI) -> None:
@@ -79,7 +80,7 @@ async def test_probes(
 async def test_requests_for_a_model_that_still_loads_are_told_to_come_back(llm: Any) -> None:
     llm.state = Health(False, "", 0.0, 0, 0, phase="weights", percent=12.0)
     config, metrics = ServerConfig(served_model_name=("scripted",)), Metrics("scripted")
-    front = Front(llm, config, metrics, Lifecycle(llm, loaded=False))
+    front = Front(llm, config, metrics, Tenants(), Lifecycle(llm, loaded=False))
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app=front), base_url="http://server") as http:
         for path in ("/v1/chat/completions", "/v1/completions", "/nothing"):
             answer = await http.post(path, json={"prompt": "a"})

@@ -20,7 +20,10 @@ from tokenmill.device import Machine, machine
 __all__ = ["COMMAND", "report"]
 
 EXTRAS = {
-    "serve": (("fastapi", "uvicorn", "prometheus-client"), "tokenmill serve"),
+    "serve": (("fastapi", "uvicorn", "prometheus-client", "sqlalchemy", "alembic"), "tokenmill serve"),
+    "postgres": (("pg8000",), "keys and usage in PostgreSQL"),
+    "redis": (("redis",), "limits of several servers counted together"),
+    "parquet": (("pyarrow",), "tokenmill usage --parquet"),
     "chat": (("prompt_toolkit",), "line editing and history in tokenmill chat"),
     "hf": (("transformers", "huggingface-hub"), "models from the hub and parity tests"),
 }

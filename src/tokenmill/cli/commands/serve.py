@@ -38,7 +38,7 @@ def run(
 COMMAND = Command(
     run,
     common=(
-        *("host", "port", "served_model_name"),
+        *("host", "port", "served_model_name", "auth", "state"),
         *("dtype", "device", "max_model_len"),
         *("memory_gib", "kv_dtype", "policy", "batching", "max_num_seqs"),
     ),

@@ -5,6 +5,7 @@ Source: https://platform.openai.com/docs/api-reference/completions
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 import uuid
@@ -23,8 +24,9 @@ from tokenmill.server.schemas.completions import CompletionRequest
 from tokenmill.server.schemas.request import parse
 from tokenmill.server.service import service_of
 from tokenmill.server.sse import Framer
+from tokenmill.text.infill import infill
 from tokenmill.text.tokenizer import Tokenizer
-from tokenmill.types import JSON, CompletionOutput, RequestOutput, TokenLogprobs
+from tokenmill.types import JSON, CompletionOutput, RequestOutput, SamplingParams, TokenLogprobs
 
 ROUTER = APIRouter()
 
@@ -37,9 +39,12 @@ async def completions(request: Request) -> Response:
     model = service.check_model(body.model)
     params = body.sampling_params()
     answer_id = f"cmpl-{uuid.uuid4().hex}"
+    asked = [(prompt, params) for prompt in body.prompts()]
+    if body.suffix is not None:
+        asked = await asyncio.to_thread(_with_suffix, service.llm.tokenizer, body.suffix, asked)
     streams = [
-        service.generate(call_of(request, body, model, f"{answer_id}-{number}", prompt, params))
-        for number, prompt in enumerate(body.prompts())
+        service.generate(call_of(request, body, model, f"{answer_id}-{number}", prompt, own))
+        for number, (prompt, own) in enumerate(asked)
     ]
     writer = _Writer(service.llm.tokenizer, body, params.n)
     head: JSON = {
@@ -53,6 +58,20 @@ async def completions(request: Request) -> Response:
         return await EventStream.begin(request, writer.events(Framer(head), streams))
     outputs = await until_disconnect(request.receive, last_outputs(streams))
     return Response(msgspec.json.encode(head | writer.answer(outputs)), media_type="application/json")
+
+
+_Asked = list[tuple[str | list[int], SamplingParams]]
+
+
+def _with_suffix(tokenizer: Tokenizer, suffix: str, asked: _Asked) -> _Asked:
+    """The prompts as the model was trained to fill in the middle, ending where it was trained to end."""
+    filled: _Asked = []
+    for prompt, params in asked:
+        gap = infill(tokenizer, prompt, suffix)
+        if not params.ignore_eos:
+            params = msgspec.structs.replace(params, stop_token_ids=[*params.stop_token_ids, *gap.stop_token_ids])
+        filled.append((gap.prompt_token_ids, params))
+    return filled
 
 
 class _Writer:
@@ -101,7 +120,7 @@ class _Writer:
         if self._body.only_echo:
             text, token_ids, logprobs = "", [], None if logprobs is None else []
         if self._body.echo and index not in self._offsets:
-            text = self._prompt_text(number, output) + text
+            text = self._prompt_text(number) + text
             if logprobs is not None:
                 token_ids = [*output.prompt_token_ids, *token_ids]
                 logprobs = [*(output.prompt_logprobs or [None] * len(output.prompt_token_ids)), *logprobs]
@@ -113,11 +132,11 @@ class _Writer:
             "stop_reason": completion.stop_reason,
         }
 
-    def _prompt_text(self, number: int, output: RequestOutput) -> str:
+    def _prompt_text(self, number: int) -> str:
         prompt = self._body.prompts()[number]
         if isinstance(prompt, str):
             return prompt
-        return self._tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
+        return self._tokenizer.decode(prompt, skip_special_tokens=False)
 
     def _logprobs(
         self, index: int, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None] | None

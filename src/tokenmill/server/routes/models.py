@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from tokenmill.server.openapi import documented
+from tokenmill.server.principal import principal_of
 from tokenmill.server.service import Service, service_of
 from tokenmill.types import JSON
 
@@ -14,9 +15,9 @@ ROUTER = APIRouter()
 
 @ROUTER.get("/v1/models", **documented())
 async def models(request: Request) -> JSON:
-    """The model under each of its names."""
-    service = service_of(request)
-    return {"object": "list", "data": [_card(service, name) for name in service.names]}
+    """The model under each of its names that the key may use."""
+    service, principal = service_of(request), principal_of(request)
+    return {"object": "list", "data": [_card(service, name) for name in service.names if principal.may_use(name)]}
 
 
 @ROUTER.get("/v1/models/{name:path}", **documented(None, 404))

@@ -13,9 +13,21 @@ from tokenmill.errors import RequestError
 from tokenmill.server.schemas.request import Generation, Int, Strict, unsupported
 from tokenmill.types import JSON, SamplingParams
 
-__all__ = ["ChatRequest", "Message", "Tool"]
+__all__ = ["ChatRequest", "Message", "Tool", "check_variables"]
 
 _RESERVED_VARIABLES = frozenset({"tokenizer", "messages", "tools", "documents", "add_generation_prompt"})
+
+
+def check_variables(variables: dict[str, Any]) -> None:
+    """Refuses ``chat_template_kwargs`` that would replace what the template gets from elsewhere.
+
+    Raises:
+        RequestError: ``invalid_parameter``.
+    """
+    if reserved := _RESERVED_VARIABLES & variables.keys():
+        raise RequestError(
+            "invalid_parameter", f"chat_template_kwargs cannot set {min(reserved)}.", "chat_template_kwargs"
+        )
 
 
 class Message(Strict):
@@ -96,10 +108,7 @@ class ChatRequest(Generation):
             raise RequestError("invalid_parameter", "tool_choice needs tools.", "tool_choice")
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("invalid_parameter", "top_logprobs needs logprobs: true.", "top_logprobs")
-        if reserved := _RESERVED_VARIABLES & self.chat_template_kwargs.keys():
-            raise RequestError(
-                "invalid_parameter", f"chat_template_kwargs cannot set {min(reserved)}.", "chat_template_kwargs"
-            )
+        check_variables(self.chat_template_kwargs)
 
     def sampling_params(self) -> SamplingParams:
         """How to sample. Without a limit of its own, an answer may fill the context."""

@@ -5,7 +5,7 @@ Source: https://platform.openai.com/docs/api-reference/completions/create
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 from tokenmill.errors import RequestError
 from tokenmill.server.schemas.request import Generation, Int, unsupported
@@ -18,16 +18,19 @@ class CompletionRequest(Generation):
     """Body of ``POST /v1/completions``."""
 
     prompt: str | list[str] | list[Int] | list[list[Int]]
+    suffix: str | None = None
+    """What stands behind the completion, for models that can fill in the middle."""
     echo: bool = False
     logprobs: Int | None = None
 
     # Not supported: asked for, they are refused.
-    suffix: Any = None
     best_of: Int | None = None
 
     def check(self) -> None:
         super().check()
-        self.refuse("suffix")
+        if self.suffix is not None and self.echo and self.logprobs is not None:
+            # What the model gets is another sequence than the text that comes back.
+            raise unsupported("logprobs", "An echoed prompt with a suffix has no log probabilities; leave one out.")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise unsupported("best_of", "best_of is not supported; ask for n completions and choose.")
         if self.prompt == []:

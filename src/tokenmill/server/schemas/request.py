@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from tokenmill.errors import RequestError, did_you_mean
 from tokenmill.types import SamplingParams, StructuredOutput
 
-__all__ = ["Generation", "Int", "Seconds", "StreamOptions", "Strict", "parse", "unsupported"]
+__all__ = ["Generation", "Int", "Seconds", "StreamOptions", "Strict", "Submission", "Whole", "parse", "unsupported"]
 
 Int = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 """An integer that crosses to the engine in 64 bits."""
@@ -99,10 +99,30 @@ class StructuredOutputs(Strict):
         )
 
 
-class Generation(Strict):
-    """OpenAI's parameters for text generation and vLLM's extra ones. None means "as if it were not there"."""
+class Submission(Strict):
+    """What every request that the engine serves may say about itself."""
 
     model: str | None = None
+    user: str | None = None
+    """Who is served: the tenant between whom `fair_share` and `round_robin` share."""
+    cache_salt: str = ""
+    priority: Int = 0
+    timeout_s: Seconds | None = None
+    """When the answer is of no more use: the request then ends, wherever it is."""
+
+
+class Whole(Submission):
+    """A request whose answer is always sent at once."""
+
+    @property
+    def stream(self) -> None:
+        """Never in pieces."""
+        return None
+
+
+class Generation(Submission):
+    """OpenAI's parameters for text generation and vLLM's extra ones. None means "as if it were not there"."""
+
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -128,11 +148,6 @@ class Generation(Strict):
     bad_words: list[str] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    cache_salt: str = ""
-    priority: Int = 0
-
-    timeout_s: Seconds | None = None
-    """When the answer is of no more use: the request then ends, wherever it is."""
 
     prompt_cache_key: str | None = None
     """Names the conversation, for explanations of the prefix cache."""
@@ -147,9 +162,6 @@ class Generation(Strict):
 
     cache_report: bool = False
     """Tell what the prefix cache did for the prompt, and why not more."""
-
-    user: str | None = None
-    """Who is served: the tenant between whom `fair_share` and `round_robin` share."""
 
     # OpenAI's parameters for its own platform; they change nothing here.
     metadata: dict[str, Any] | None = None
