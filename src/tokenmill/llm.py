@@ -1,7 +1,7 @@
 """`LLM` and `AsyncLLM`: text in, text out. The one place where text and engine meet.
 
 `LLM` runs the engine in this process and blocks; `AsyncLLM` runs it in a process of its own and streams. Both spread
-the `n` completions of a call over engine requests and put the pieces together again through the same `_Call`.
+the `n` completions of a call over engine requests and put the pieces together again through the same `Call`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import dataclasses
 import functools
 import itertools
 import time
-from array import array
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import msgspec
 
+from tokenmill.calls import Call, Mailbox
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.crash import NO_REPORTS, Reports
 from tokenmill.engine.engine import Engine
@@ -26,19 +26,14 @@ from tokenmill.engine.executor import LocalExecutor, Progress
 from tokenmill.engine.grammar import Grammars
 from tokenmill.engine.messages import Refused, Step
 from tokenmill.errors import EngineError, RequestError, UnavailableError
-from tokenmill.mailbox import Mailbox
 from tokenmill.models.config import ModelConfig
 from tokenmill.models.folder import read_pooling, resolve
 from tokenmill.observer import NO_OBSERVER, Health, Observer
 from tokenmill.prompt import Prompt, as_prompts, text_and_ids, with_bad_words
-from tokenmill.text.stream import TextStream
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.types import (
     CompletionOutput,
-    EngineOutput,
-    EngineRequest,
     EngineStats,
-    FinishReason,
     PoolingParams,
     RequestOutput,
     SamplingParams,
@@ -49,145 +44,6 @@ __all__ = ["LLM", "NO_OBSERVER", "AsyncLLM", "Health", "Observer", "Prompt"]
 
 Conversation = Sequence[Mapping[str, Any]]
 """Messages with `role` and `content`."""
-
-
-class _Completion:
-    """One completion of a call while it grows."""
-
-    def __init__(self, index: int, stream: TextStream) -> None:
-        self.output = CompletionOutput(index=index, text="", token_ids=[])
-        self.stream = stream
-        self.stop: str | None = None
-        self.last_token_at: float | None = None
-
-
-class _Call:
-    """One call: its engine requests, and the output put together from what they bring.
-
-    Args:
-        delta: whether each output holds only what is new.
-    """
-
-    def __init__(
-        self,
-        request_id: str,
-        prompt: str | None,
-        token_ids: list[int],
-        params: SamplingParams,
-        tokenizer: Tokenizer,
-        delta: bool,
-        pooling: PoolingParams | None = None,
-    ) -> None:
-        self.request_id = request_id
-        self.params = params
-        self._pooling = pooling
-        self._delta = delta
-        self.output = RequestOutput(
-            request_id=request_id, prompt=prompt, prompt_token_ids=token_ids, outputs=[], finished=False
-        )
-        ids = [request_id] if params.n == 1 else [f"{request_id}/{index}" for index in range(params.n)]
-        self._open: dict[str, _Completion] = {}
-        for index, child in enumerate(ids):
-            stream = TextStream(
-                tokenizer,
-                token_ids,
-                params.stop or (),
-                params.include_stop_str_in_output,
-                params.skip_special_tokens,
-                params.min_tokens,
-            )
-            self._open[child] = _Completion(index, stream)
-        self.output.outputs = [completion.output for completion in self._open.values()]
-
-    @property
-    def ids(self) -> list[str]:
-        """Engine requests that are not ended."""
-        return list(self._open)
-
-    def requests(self, arrival: float, **fields: Any) -> list[EngineRequest]:
-        """The engine requests of this call: completions after the first share the first one's prompt blocks."""
-        requests = []
-        first = self.ids[0]
-        for index, request_id in enumerate(self.ids):
-            params = self.params
-            if index:
-                seed = None if params.seed is None else params.seed + index
-                params = msgspec.structs.replace(params, seed=seed, prompt_logprobs=None)
-            requests.append(
-                EngineRequest(
-                    request_id=request_id,
-                    prompt_token_ids=self.output.prompt_token_ids,
-                    params=params,
-                    arrival=arrival,
-                    parent=first if index else "",
-                    pooling=self._pooling,
-                    **fields,
-                )
-            )
-        return requests
-
-    def take(self, came: EngineOutput, now: float, observer: Observer) -> tuple[CompletionOutput | None, bool]:
-        """Adds what came to one completion.
-
-        Returns:
-            What is new to the caller, for `emit`, None if nothing is, and whether the engine request must be aborted
-            because a stop string ended its text.
-        """
-        completion = self._open[came.request_id]
-        output = completion.output
-        if came.token_ids:
-            since = None if completion.last_token_at is None else now - completion.last_token_at
-            completion.last_token_at = now
-            observer.tokens(self.request_id, len(came.token_ids), since)
-        self.output.cached_tokens = max(self.output.cached_tokens, came.cached_tokens)
-        if came.prompt_logprobs is not None:
-            self.output.prompt_logprobs = came.prompt_logprobs
-        if came.embedding:
-            self.output.embedding = array("f", came.embedding)
-        new = CompletionOutput(index=output.index, text="", token_ids=[])
-        abort = False
-        if completion.stop is None:
-            piece = completion.stream.push(came.token_ids, came.finish_reason is not None)
-            new.text, new.token_ids = piece.text, came.token_ids[: piece.tokens]
-            if came.logprobs is not None:
-                new.logprobs = came.logprobs[: piece.tokens]
-            completion.stop = piece.stop
-            abort = piece.stop is not None and came.finish_reason is None
-        if came.finish_reason is not None:
-            self._finish(completion, came, new, observer)
-        output.text += new.text
-        output.token_ids += new.token_ids
-        if new.logprobs is not None:
-            output.logprobs = output.logprobs or []
-            output.logprobs += new.logprobs
-        nothing = not new.token_ids and not new.text and new.finish_reason is None
-        return (None if nothing else new), abort
-
-    def _finish(self, completion: _Completion, came: EngineOutput, new: CompletionOutput, observer: Observer) -> None:
-        output = completion.output
-        reason = came.finish_reason
-        if completion.stop is not None:
-            reason = FinishReason.STOP  # the text had ended; the abort was ours
-        output.finish_reason = new.finish_reason = reason
-        output.stop_reason = new.stop_reason = came.stop_token if completion.stop is None else completion.stop
-        output.error = new.error = came.error
-        del self._open[came.request_id]
-        self.output.finished = not self._open
-        if came.stats is not None and reason is not None:
-            self.output.stats.append(came.stats)
-            observer.finished(came.stats, reason, self.params)
-
-    def emit(self, new: list[CompletionOutput]) -> RequestOutput:
-        """What the caller sees: only the new pieces, or a copy of everything so far."""
-        if self._delta:
-            return msgspec.structs.replace(self.output, outputs=new, stats=list(self.output.stats))
-        outputs = [
-            msgspec.structs.replace(
-                output, token_ids=list(output.token_ids), logprobs=output.logprobs and list(output.logprobs)
-            )
-            for output in self.output.outputs
-        ]
-        return msgspec.structs.replace(self.output, outputs=outputs, stats=list(self.output.stats))
 
 
 _NO_TOKENS = SamplingParams(max_tokens=None)
@@ -303,14 +159,14 @@ class LLM:
         for call, new in self._run([self._call(prompt, sampling_params or SamplingParams())]):
             yield call.emit([new])
 
-    def _call(self, prompt: Prompt, params: SamplingParams, pooling: PoolingParams | None = None) -> _Call:
+    def _call(self, prompt: Prompt, params: SamplingParams, pooling: PoolingParams | None = None) -> Call:
         text, ids = text_and_ids(self.tokenizer, prompt)
         params = with_bad_words(self.tokenizer, params)
         if params.structured is not None:
             self._grammars.compile(params.structured).result()  # refused here rather than in the engine
-        return _Call(str(next(self._numbers)), text, ids, params, self.tokenizer, delta=True, pooling=pooling)
+        return Call(str(next(self._numbers)), text, ids, params, self.tokenizer, delta=True, pooling=pooling)
 
-    def _run(self, calls: list[_Call]) -> Iterator[tuple[_Call, CompletionOutput]]:
+    def _run(self, calls: list[Call]) -> Iterator[tuple[Call, CompletionOutput]]:
         """Serves calls to their end and yields what is new to each. Whatever stops it, no request is left behind."""
         owner = {child: call for call in calls for child in call.ids}
         try:
@@ -352,7 +208,7 @@ class AsyncLLM:
         self._observer = observer
         self._grammars = Grammars(config)
         self._engine = Supervisor(config, self._on_report, self._on_death, reports)
-        self._calls: dict[str, Mailbox[_Call]] = {}
+        self._calls: dict[str, Mailbox] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count()
         self._draining = False
@@ -426,12 +282,13 @@ class AsyncLLM:
         """
         arrival = time.monotonic()
         self.check()
-        if params.structured is not None:  # refused here, on a thread, so that the engine meets none to refuse
+        if params.structured is not None:
+            # Refused here, on a thread, so that the engine meets none that it must refuse.
             await asyncio.shield(asyncio.wrap_future(self._grammars.compile(params.structured)))
         text, ids = text_and_ids(self.tokenizer, prompt)
         name = request_id or f"request-{next(self._numbers)}"
         params = with_bad_words(self.tokenizer, params)
-        call = _Call(name, text, ids, params, self.tokenizer, delta, pooling)
+        call = Call(name, text, ids, params, self.tokenizer, delta, pooling)
         if taken := [child for child in call.ids if child in self._calls]:
             raise RequestError(
                 "duplicate_request_id", f"A request {taken[0]!r} is under way; use another id.", "request_id"
@@ -450,16 +307,6 @@ class AsyncLLM:
             if not call.output.finished:
                 self._abandon(call)
 
-    def check(self) -> None:
-        """Says whether requests are taken now.
-
-        Raises:
-            UnavailableError: ``starting``, ``engine_restarting`` or ``shutting_down``.
-        """
-        if self._draining:
-            raise UnavailableError("shutting_down", "The server is shutting down; send the request to another.")
-        self._engine.check()
-
     @functools.cached_property
     def pooling(self) -> PoolingParams:
         """How the model's embeddings are made: as the option `pooling` or its sentence-transformers files say."""
@@ -475,7 +322,17 @@ class AsyncLLM:
         outputs = self.generate(prompt, _NO_TOKENS, pooling=pooling or self.pooling, **fields)
         return [output async for output in outputs][-1]
 
-    def _abandon(self, call: _Call) -> None:
+    def check(self) -> None:
+        """Says whether requests are taken now.
+
+        Raises:
+            UnavailableError: ``starting``, ``engine_restarting`` or ``shutting_down``.
+        """
+        if self._draining:
+            raise UnavailableError("shutting_down", "The server is shutting down; send the request to another.")
+        self._engine.check()
+
+    def _abandon(self, call: Call) -> None:
         """Aborts what is left of a call. The engine's answer still closes its books in `_on_report`."""
         known = [child for child in call.ids if child in self._calls]
         if known and self._engine.phase == "ready":

@@ -7,7 +7,10 @@ from typing import Protocol
 
 from tokenmill.types import EngineStats, FinishReason, RequestStats, SamplingParams
 
-__all__ = ["NO_OBSERVER", "Health", "Observer"]
+__all__ = ["LOADING", "NO_OBSERVER", "Health", "Observer"]
+
+LOADING = frozenset({"tokenizer", "weights", "memory"})
+"""Phases of `Health` before the model is there for the first time."""
 
 
 class Observer(Protocol):

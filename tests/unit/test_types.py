@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenmill.errors import RequestError
-from tokenmill.types import EngineRequest, SamplingParams
+from tokenmill.types import EngineRequest, SamplingParams, StructuredOutput
 
 
 @pytest.mark.parametrize(
@@ -83,3 +83,26 @@ def test_what_crosses_the_boundary_is_checked_again():
         msgspec.json.decode(b'{"temperature": -1.0}', type=SamplingParams)
     with pytest.raises(msgspec.ValidationError):
         msgspec.json.decode(b'{"temprature": 1.0}', type=SamplingParams)
+
+
+def test_structured_output_is_exactly_one_thing():
+    assert StructuredOutput(regex="a").kind == "regex"
+    assert StructuredOutput(json_object=True).kind == "json_object"
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({}, "structured"),
+        ({"json_object": False}, "structured"),
+        ({"regex": "a", "choice": ["b"]}, "choice"),
+        ({"json_schema": ""}, "json_schema"),
+        ({"choice": []}, "choice"),
+        ({"choice": ["a", ""]}, "choice"),
+        ({"regex": "\ud800"}, "regex"),
+    ],
+)
+def test_structured_output_that_says_nothing_or_too_much_is_refused(given, field):
+    with pytest.raises(RequestError) as caught:
+        StructuredOutput(**given)
+    assert (caught.value.code, caught.value.field) == ("invalid_parameter", field)

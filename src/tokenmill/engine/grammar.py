@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, cast
@@ -90,8 +90,12 @@ class Backend(Protocol):
 def refused(structured: StructuredOutput, reason: str) -> RequestError:
     """The error for a grammar that cannot be served: ``unsupported_schema`` or ``invalid_grammar``."""
     code = "unsupported_schema" if structured.json_schema is not None else "invalid_grammar"
-    reason = reason.strip().rstrip(".")
-    return RequestError(code, f"{structured.kind} cannot be followed: {reason[:1000]}.", structured.kind)
+    # A line may repeat the whole of what was sent.
+    lines = [line if len(line) <= 160 else f"{line[:80]} ... {line[-80:]}" for line in reason.splitlines()[:12]]
+    reason = "\n".join(lines).strip().rstrip(".")
+    return RequestError(
+        code, f"{structured.kind} cannot be followed. {reason[:1].upper()}{reason[1:]}.", structured.kind
+    )
 
 
 class Grammars:
@@ -149,11 +153,18 @@ class Grammars:
 class Mask:
     """What a grammar says about the next token of one request."""
 
-    forbidden: NDArray[np.bool_]
-    """[V]"""
+    token_ids: NDArray[np.int64]
+    """The allowed tokens or the forbidden ones, whichever are fewer."""
+    allow: bool
+    """Whether they are the allowed ones."""
     complete: bool = False
     """Whether the text may end here."""
     error: ErrorInfo | None = None
+
+    @property
+    def dead(self) -> bool:
+        """Whether nothing is allowed."""
+        return self.allow and not len(self.token_ids)
 
     def ending(self) -> RowResult:
         """How the request ends if no token is left: well, if its text is complete."""
@@ -178,11 +189,12 @@ class Masks:
         self._grammars = grammars
         self._vocab_size = facts.vocab_size
         self._eos_ids = list(facts.eos_ids)
-        self._threads = ThreadPoolExecutor(max(1, machine().cores // 4), "tokenmill-mask")
+        self._width = max(1, machine().cores // 4)
+        self._threads = ThreadPoolExecutor(self._width, "tokenmill-mask")
         self._followers: dict[str, _Follower] = {}
 
-    def begin(self, rows: Sequence[SampleRow]) -> dict[str, Future[Mask]]:
-        """Starts computing the masks of `rows`, which all have a grammar; by request."""
+    def begin(self, rows: Sequence[SampleRow]) -> list[Future[dict[str, Mask]]]:
+        """Starts computing the masks of `rows`, which all have a grammar: each thread those of some, by request."""
         followers: dict[str, _Follower] = {}
         for row in rows:
             structured = cast(StructuredOutput, row.params.structured)
@@ -191,18 +203,23 @@ class Masks:
                 follower = _Follower(structured, self._grammars.compile(structured))
             followers[row.request_id] = follower
         self._followers = followers
-        return {row.request_id: self._threads.submit(self._mask, followers[row.request_id], row) for row in rows}
+        shares = [rows[start :: self._width] for start in range(min(self._width, len(rows)))]
+        return [self._threads.submit(self._masks, followers, share) for share in shares]
+
+    def _masks(self, followers: Mapping[str, _Follower], rows: Sequence[SampleRow]) -> dict[str, Mask]:
+        return {row.request_id: self._mask(followers[row.request_id], row) for row in rows}
 
     def _mask(self, follower: _Follower, row: SampleRow) -> Mask:
         try:
             bits, complete = follower.at(row)
         except TokenmillError as error:
             info = ErrorInfo(error.code, error.message, error.field)
-            return Mask(np.ones(self._vocab_size, np.bool_), error=info)
-        forbidden = np.unpackbits(~bits, count=self._vocab_size, bitorder="little").view(np.bool_)
+            return Mask(np.empty(0, np.int64), allow=True, error=info)
+        allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(np.bool_)
         if row.params.ignore_eos:
-            forbidden[self._eos_ids] = True
-        return Mask(forbidden, complete)
+            allowed[self._eos_ids] = False
+        few = int(np.count_nonzero(allowed)) <= self._vocab_size // 2
+        return Mask(np.flatnonzero(allowed if few else ~allowed), few, complete)
 
 
 class _Follower:

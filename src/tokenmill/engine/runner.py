@@ -53,7 +53,7 @@ class Runner:
             if len(chosen) < len(hidden):
                 last = hidden.index_select(0, self._tensor(array("q", [ends[index] - 1 for index in chosen])))
             logits = self._decoder.logits(last)
-            masks = {request_id: mask.result() for request_id, mask in pending.items()}
+            masks = {name: mask for share in pending for name, mask in share.result().items()}
             sampled = sample_rows(logits, [row.sample for row in plan.rows if row.sample], masks)
             for index, token, logprobs in zip(chosen, sampled.token_ids, sampled.logprobs, strict=True):
                 results[index] = RowResult((token,), () if logprobs is None else (logprobs,))

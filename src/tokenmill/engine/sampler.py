@@ -58,12 +58,12 @@ def sample_rows(logits: Tensor, rows: Sequence[SampleRow], masks: Mapping[str, M
     raw = logits[list(wanted)] if wanted else logits  # a copy of what is about to change
     masked = [index for index, row in enumerate(rows) if row.request_id in masks] if masks else []
     for index in masked:
-        forbidden = torch.from_numpy(masks[rows[index].request_id].forbidden)
-        logits[index].masked_fill_(forbidden.to(device), float("-inf"))
+        _mask(logits, index, masks[rows[index].request_id])
     for index, row in enumerate(rows):
         _restrict(logits, index, row)
-    stuck = _without_choice(logits, masked)
-    logits[stuck] = 0.0  # so that what follows has something to choose from
+    stuck = [index for index in masked if _is_stuck(logits, index, rows[index], masks[rows[index].request_id])]
+    if stuck:
+        logits[stuck] = 0.0  # what follows must have something to choose from
     _penalize(logits, rows)
     temperatures = [0.0 if p.greedy else p.temperature for p in params]
     uniform = np.zeros(len(rows))
@@ -134,14 +134,27 @@ def _penalizes(params: SamplingParams) -> bool:
     return params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
 
 
+def _mask(logits: Tensor, index: int, mask: Mask) -> None:
+    """Applies a grammar, in place, to one row of logits [R, V]."""
+    tokens = torch.from_numpy(mask.token_ids).to(logits.device)
+    if mask.allow:
+        _allow(logits, index, tokens)
+    else:
+        logits[index, tokens] = float("-inf")
+
+
+def _allow(logits: Tensor, index: int, tokens: Tensor) -> None:
+    """Forbids all other tokens, in place, in one row of logits [R, V]."""
+    kept = logits[index, tokens]
+    logits[index] = float("-inf")
+    logits[index, tokens] = kept
+
+
 def _restrict(logits: Tensor, index: int, row: SampleRow) -> None:
     """Applies what names tokens, in place, to one row of logits [R, V]."""
     params, device = row.params, logits.device
     if params.allowed_token_ids is not None:
-        allowed = _column("q", params.allowed_token_ids, device)
-        kept = logits[index, allowed]
-        logits[index] = float("-inf")
-        logits[index, allowed] = kept
+        _allow(logits, index, _column("q", params.allowed_token_ids, device))
     forbidden = [word[-1] for word in params.bad_words_ids if _ends_with(row.history, word[:-1])]
     if row.generated < params.min_tokens:
         forbidden += row.stop_ids
@@ -152,12 +165,11 @@ def _restrict(logits: Tensor, index: int, row: SampleRow) -> None:
         logits[index, biased] += _column("f", params.logit_bias.values(), device)
 
 
-def _without_choice(logits: Tensor, indices: list[int]) -> list[int]:
-    """Those of the rows `indices` of logits [R, V] that allow no token."""
-    if not indices:
-        return []
-    best = logits[indices].amax(dim=1).tolist()
-    return [index for index, logit in zip(indices, best, strict=True) if logit == float("-inf")]
+def _is_stuck(logits: Tensor, index: int, row: SampleRow, mask: Mask) -> bool:
+    """Whether one row of logits [R, V] allows no token, after all that restricts it."""
+    params = row.params
+    others = params.allowed_token_ids is not None or params.bad_words_ids or row.generated < params.min_tokens
+    return mask.dead or (bool(others) and logits[index].max().item() == float("-inf"))
 
 
 def _ends_with(history: Sequence[int], tail: list[int]) -> bool:

@@ -10,7 +10,7 @@ import hashlib
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 import uvicorn
@@ -19,7 +19,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 import tokenmill
 from tokenmill.engine.config import EngineConfig
@@ -37,7 +36,7 @@ from tokenmill.server.metrics import Metrics
 from tokenmill.server.middleware.access import Access
 from tokenmill.server.middleware.body_limit import BodyLimit
 from tokenmill.server.middleware.request_id import RequestId
-from tokenmill.server.middleware.starting import Starting
+from tokenmill.server.middleware.startup import Startup
 from tokenmill.server.openapi import describe
 from tokenmill.server.service import Service
 from tokenmill.server.store import state_folder
@@ -49,80 +48,49 @@ __all__ = ["Server", "create_app", "serve"]
 ROUTES: Registry[APIRouter] = Registry("tokenmill.server.routes", "routes", "ROUTER")
 """Groups of endpoints: each module defines ``ROUTER``."""
 
-_WITHOUT_MODEL = ("admin_drain", "health", "metrics")
-"""Routes that are there before the model."""
-
 _FLUSH_S = 5.0
 """How long connections may take to send what is already produced, once the engine is idle."""
 
 
-def create_app(
-    llm: AsyncLLM,
-    config: ServerConfig,
-    metrics: Metrics,
-    tenants: Tenants | None = None,
-    lifecycle: Lifecycle | None = None,
-) -> FastAPI:
-    """The ASGI app around a loaded model.
+def create_app(llm: AsyncLLM, config: ServerConfig, metrics: Metrics, tenants: Tenants | None = None) -> FastAPI:
+    """The ASGI app. The model need not be loaded yet.
 
     Args:
         tenants: whom it serves; None is everybody.
-        lifecycle: of the server that it is part of; None is one of its own.
+
+    Raises:
+        ConfigError: ``unknown_choice`` or ``wrong_parser`` for a parser.
     """
     tenants = tenants or Tenants()
-    accounting = tenants.accounting(llm.max_model_len)
+    accounting = tenants.accounting(lambda: llm.max_model_len)
     metrics.add(accounting)
-    service = Service(
+    parsers = (config.tool_parser, config.reasoning_parser)
+    choose(None, *parsers)  # a name that does not exist is told now
+    app = FastAPI(title="tokenmill", version=tokenmill.__version__, docs_url=None, redoc_url=None)
+    app.openapi = functools.partial(describe, app)  # type: ignore[method-assign]
+    app.state.service = Service(
         llm,
         metrics,
         names=config.served_model_name or (llm.model_name,),
         created=int(time.time()),
         fingerprint=_fingerprint(llm),
-        interceptors=(accounting, Conversations(llm.tokenizer)),
-        dialects=choose(llm.tokenizer.chat_template, config.tool_parser, config.reasoning_parser),
+        parsers=parsers,
+        interceptors=(accounting, Conversations(llm)),
     )
-    app = _app(service, config, tenants, lifecycle or Lifecycle(llm), ROUTES.names())
     app.state.scorer = SCORERS.get(config.score_by)
-    return app
-
-
-def _app(
-    service: Service, config: ServerConfig, tenants: Tenants, lifecycle: Lifecycle, routes: Iterable[str]
-) -> FastAPI:
-    app = FastAPI(title="tokenmill", version=tokenmill.__version__, docs_url=None, redoc_url=None)
-    app.openapi = functools.partial(describe, app)  # type: ignore[method-assign]
-    app.state.service = service
     app.state.tenants = tenants
-    app.state.lifecycle = lifecycle
-    for name in routes:
+    app.state.lifecycle = life = Lifecycle(llm)
+    metrics.add(life)
+    for name in ROUTES.names():
         app.include_router(ROUTES.get(name))
     app.add_exception_handler(TokenmillError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_middleware(BodyLimit, limit=int(config.max_body_mib * 2**20))
+    app.add_middleware(Startup, llm=llm)
     app.add_middleware(Access, recognize=tenants.recognize, admin_port=config.access.admin_port)
     app.add_middleware(RequestId)  # the last one added is the first to see a request
     return app
-
-
-class Front:
-    """The app as it is now: probes and metrics while the model loads, and 503 ``starting`` for the rest; then all."""
-
-    def __init__(
-        self, llm: AsyncLLM, config: ServerConfig, metrics: Metrics, tenants: Tenants, lifecycle: Lifecycle
-    ) -> None:
-        service = Service(llm, metrics, config.served_model_name, int(time.time()))
-        self._lifecycle = lifecycle
-        self._app: ASGIApp = Starting(_app(service, config, tenants, lifecycle, _WITHOUT_MODEL), llm)
-        self._make = functools.partial(create_app, llm, config, metrics, tenants, lifecycle)
-
-    def open(self) -> None:
-        """The model is loaded."""
-        self._app = self._make()
-        self._lifecycle.loaded = True
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app(scope, receive, send)
 
 
 def _fingerprint(llm: AsyncLLM) -> str:
@@ -178,8 +146,7 @@ async def _serve_tenants(engine_config: EngineConfig, config: ServerConfig, list
     with contextlib.ExitStack() as stack:
         admin = []
         if config.access.admin_port is not None:
-            own = dataclasses.replace(config, port=config.access.admin_port, uds="")
-            admin.append(stack.enter_context(bind(own)))
+            admin.append(stack.enter_context(bind(dataclasses.replace(config, uds="", port=config.access.admin_port))))
         async with tenants_opened(config) as tenants:
             return await _serve(engine_config, config, listener, tenants, admin)
 
@@ -192,18 +159,16 @@ async def _serve(
     more: Sequence[socket.socket] = (),
 ) -> int:
     metrics = Metrics(config.served_model_name[0])
-    crashes = Reports(state_folder(config.store) / "crashes", config.crash_reports)
-    llm = AsyncLLM(engine_config, metrics, crashes)
-    life = Lifecycle(llm, loaded=False)
-    metrics.add(life)
-    front = Front(llm, config, metrics, tenants or Tenants(), life)
-    server = Server(front, config)
+    reports = Reports(state_folder(config.store) / "crashes", config.crash_reports)
+    llm = AsyncLLM(engine_config, metrics, reports)
+    app = create_app(llm, config, metrics, tenants)
+    life: Lifecycle = app.state.lifecycle
+    server = Server(app, config)
     with _signals(life):
         serving = asyncio.create_task(server.serve(sockets=[listener, *more]))
         try:
             await _unless(life.stopping, llm.load())
             if not life.stopping.is_set():
-                front.open()
                 print(f"Serving {config.served_model_name[0]} on {address_of(config, listener)}", flush=True)
                 await _unless(life.stopping, asyncio.shield(serving))
             await _unless(life.hurry, llm.drain(config.drain_timeout_s))
@@ -234,7 +199,7 @@ class Server(uvicorn.Server):
         ConfigError: ``tls_incomplete`` or ``tls_unusable``.
     """
 
-    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+    def __init__(self, app: FastAPI, config: ServerConfig) -> None:
         options = uvicorn.Config(
             app,
             http=functools.partial(Connection, config),  # type: ignore[arg-type]  # only called

@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from tokenmill.errors import RequestError, TokenmillError, UnavailableError
 from tokenmill.server.config import ServerConfig
 from tokenmill.server.errors import body_of, response_of, status_of
-from tokenmill.server.middleware.starting import PROBES
+from tokenmill.server.middleware.startup import PROBES
 
 __all__ = ["Connection"]
 

@@ -17,9 +17,9 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
+from tokenmill.llm import AsyncLLM
 from tokenmill.server.call import Call, Outcome
 from tokenmill.text.drift import Conversation, Drift, compare
-from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.types import JSON, RequestOutput
 
 __all__ = ["Conversations", "cache_report"]
@@ -42,8 +42,8 @@ class _Remembered:
 class Conversations:
     """Compares each request with the one before it. An interceptor of calls."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, llm: AsyncLLM) -> None:
+        self._llm = llm
         self._by_key: dict[bytes, str] = {}
         self._requests: OrderedDict[str, _Remembered] = OrderedDict()
         self._tokens = 0
@@ -60,7 +60,7 @@ class Conversations:
         drift = Drift(len(earlier.token_ids), 0, "none", "nothing changed")
         if ids[: len(earlier.token_ids)] != earlier.token_ids:
             drift = await asyncio.to_thread(
-                compare, self._tokenizer, earlier.conversation, earlier.token_ids, conversation, ids
+                compare, self._llm.tokenizer, earlier.conversation, earlier.token_ids, conversation, ids
             )
         call.report["prefix"] = _as_json(earlier.request_id, drift)
         if drift.cause != "none":

@@ -19,15 +19,13 @@ class Lifecycle(Collector):
     """Asked to end the server by signals and by ``POST /admin/drain``. A collector of its own metrics.
 
     Attributes:
-        loaded: whether the model is there and the app around it.
         draining: whether the end has begun: the server is not ready any more.
         stopping: set when admission stops.
         hurry: set when what still runs is not waited for.
     """
 
-    def __init__(self, llm: AsyncLLM, loaded: bool = True) -> None:
+    def __init__(self, llm: AsyncLLM) -> None:
         self._llm = llm
-        self.loaded = loaded
         self._signalled = False
         self.draining = False
         self.stopping = asyncio.Event()

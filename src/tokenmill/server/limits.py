@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import math
+from collections.abc import Callable
 
 from tokenmill.errors import RequestError, UnavailableError
 from tokenmill.server.call import Call
@@ -42,10 +43,11 @@ class RateLimits:
     Args:
         quotas: who counts.
         prices: what tokens cost, to know before a request what it may cost.
-        max_model_len: longest context: the most a request can take that sets no `max_tokens`.
+        max_model_len: tells the longest context, once the model is loaded: the most that a request can take which sets
+            no `max_tokens`.
     """
 
-    def __init__(self, quotas: Quotas, prices: Prices, max_model_len: int) -> None:
+    def __init__(self, quotas: Quotas, prices: Prices, max_model_len: Callable[[], int]) -> None:
         self._quotas = quotas
         self._prices = prices
         self._max_model_len = max_model_len
@@ -83,7 +85,7 @@ class RateLimits:
     def _meters(self, call: Call) -> list[Meter]:
         limits = call.principal.limits
         prompt = len(call.prompt_token_ids)
-        longest = max(0, self._max_model_len - prompt)
+        longest = max(0, self._max_model_len() - prompt)
         most = call.params.n * (longest if call.params.max_tokens is None else min(call.params.max_tokens, longest))
         found = []
         if limits.requests_per_minute is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import AsyncGenerator
 from typing import cast
@@ -16,7 +17,7 @@ from tokenmill.llm import AsyncLLM
 from tokenmill.prompt import tokenize
 from tokenmill.server.call import Call, Interceptor, Tally
 from tokenmill.server.metrics import Metrics
-from tokenmill.text.dialect import Chain
+from tokenmill.text.dialect import Chain, choose
 from tokenmill.types import RequestOutput
 
 __all__ = ["Service", "service_of"]
@@ -37,14 +38,19 @@ class Service:
     """When the server started, in seconds since 1970."""
     fingerprint: str = ""
     """Changes when the same request with the same seed may be answered otherwise: OpenAI's ``system_fingerprint``."""
-    dialects: Chain = dataclasses.field(default_factory=Chain)
-    """How the model writes thoughts and tool calls."""
+    parsers: tuple[str, str] = ("auto", "auto")
+    """Names of the dialects of tool calls and of thoughts."""
     interceptors: tuple[Interceptor, ...] = ()
 
     @property
     def model_name(self) -> str:
         """The model's own name in the API."""
         return self.names[0]
+
+    @functools.cached_property
+    def dialects(self) -> Chain:
+        """How the model writes thoughts and tool calls."""
+        return choose(self.llm.tokenizer.chat_template, *self.parsers)
 
     def check_model(self, name: str | None) -> str:
         """The name to answer under. No name means the one there is.

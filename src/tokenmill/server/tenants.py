@@ -39,7 +39,7 @@ class Tenants:
         """Whose key a text is."""
         return self.keyring.recognize if self.keyring is not None else lambda _: ANYONE
 
-    def accounting(self, max_model_len: int) -> Accounting:
+    def accounting(self, max_model_len: Callable[[], int]) -> Accounting:
         """The interceptor that limits and charges calls."""
         limits = RateLimits(self.quotas, self.prices, max_model_len)
         return Accounting(limits, self.ledger, self.prices, MachineTime())

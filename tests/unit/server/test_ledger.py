@@ -103,12 +103,12 @@ def test_while_postgresql_is_away_nothing_is_lost_and_nothing_doubled(postgres_s
     store.migrate()
     with store.writing() as connection:
         connection.execute(sqlalchemy.delete(USAGE))
-    ledger = Ledger(store, spill, 36_500, bound=4000)
+    ledger = Ledger(store, spill, 36_500, bound=12_000)
     numbers = iter(range(10**6))
     stopping, recorded = threading.Event(), []
 
     def serve():
-        while not stopping.wait(0.0005):
+        while not stopping.wait(0.001):
             recorded.append(next(numbers))
             ledger.record(entry(recorded[-1]))
 

@@ -11,7 +11,6 @@ import pytest
 
 from tokenmill.errors import EngineError
 from tokenmill.server.service import Service
-from tokenmill.text.dialect import choose
 from tokenmill.types import FinishReason
 
 TOOL = {
@@ -33,7 +32,7 @@ async def claude(url: str) -> AsyncIterator[anthropic.AsyncAnthropic]:
 def speaks_hermes(app: Any) -> None:
     """The scripted model writes tool calls as Hermes does, and thinks aloud."""
     service: Service = app.state.service
-    app.state.service = dataclasses.replace(service, dialects=choose(None, "hermes", "think_tags"))
+    app.state.service = dataclasses.replace(service, parsers=("hermes", "think_tags"))
 
 
 async def test_answer(claude: anthropic.AsyncAnthropic, llm: Any) -> None:

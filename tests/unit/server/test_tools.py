@@ -11,7 +11,6 @@ import pytest
 from fastapi import FastAPI
 
 from tokenmill.server.service import Service
-from tokenmill.text.dialect import choose
 from tokenmill.types import StructuredOutput
 
 TOOLS: Any = [
@@ -31,7 +30,7 @@ CALLS = [
 def app(app: FastAPI) -> FastAPI:
     """The scripted model writes tool calls as Hermes does, and thinks aloud."""
     service: Service = app.state.service
-    app.state.service = dataclasses.replace(service, dialects=choose(None, "hermes", "think_tags"))
+    app.state.service = dataclasses.replace(service, parsers=("hermes", "think_tags"))
     return app
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import llguidance
 import numpy as np
+import tokenizers
 from llguidance.gbnf_to_lark import gbnf_to_lark
 from numpy.typing import NDArray
 
@@ -26,20 +27,24 @@ __all__ = ["GRAMMAR"]
 _WHITESPACE = r"\x20|\x0A(\x20{0,32}|\x09{0,8})"
 """Between the tokens of JSON: what compact, spaced and indented texts have, and nothing that a model could loop on."""
 _JSON_OPTIONS: llguidance._lib.JsonCompileOptions = {"whitespace_pattern": _WHITESPACE, "lenient": False}
-_MAX_ITEMS = 20_000
-"""In a row of the parser. An object needs four per property that may come next; the default allows 500 of them."""
+_MAX_ITEMS = 10_000
+"""In a row of the parser. An object needs four per property that may come next; the default allows 500 of them,
+and this many take a mask of some 30 ms."""
+_NO_END = "<|tokenmill: no end of text|>"
 
 
 class LLGuidance:
     """See `engine.grammar.Backend`."""
 
     def __init__(self, path: Path, vocab_size: int, eos_ids: Sequence[int]) -> None:
-        file = str(path / "tokenizer.json")
+        known = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        self._never: list[int] = []
+        if not eos_ids:  # it wants one, so it gets one that never comes
+            known.add_special_tokens([_NO_END])
+            self._never = [known.get_vocab()[_NO_END]]
+        size = max(vocab_size, known.get_vocab_size())
         try:
-            known = llguidance.LLTokenizer(file).vocab_size
-            # It wants an end-of-text token; one beyond all others never comes.
-            size = max(vocab_size, known) + (not eos_ids)
-            self._tokenizer = llguidance.LLTokenizer(file, size, list(eos_ids) or [size - 1])
+            self._tokenizer = llguidance.LLTokenizer(known.to_str(), size, list(eos_ids) or self._never)
         except ValueError as error:
             raise RequestError(
                 "unsupported_parameter", f"Structured output cannot be had with this tokenizer: {error}.", "structured"
@@ -60,27 +65,30 @@ class LLGuidance:
             raise refused(structured, _reason(matcher))
         if warnings := matcher.get_grammar_warnings():
             raise refused(structured, "; ".join(warnings))
-        return _Matcher(matcher)
+        return _Matcher(matcher, self._never)
 
 
 GRAMMAR = LLGuidance
 
 
 class _Matcher:
-    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+    def __init__(self, matcher: llguidance.LLMatcher, never: Sequence[int]) -> None:
         self._matcher = matcher
+        self._never = never
 
     def copy(self) -> _Matcher:
-        return _Matcher(self._matcher.deep_copy())
+        return _Matcher(self._matcher.deep_copy(), self._never)
 
     def accept(self, tokens: Sequence[int]) -> None:
         if not self._matcher.consume_tokens(list(tokens)):
             raise self._failed()
 
     def allowed(self) -> NDArray[np.uint8]:
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        bits = np.frombuffer(bytearray(self._matcher.compute_bitmask()), np.uint8)
         if self._matcher.is_error():
             raise self._failed()
+        for token in self._never:
+            bits[token // 8] &= ~np.uint8(1 << token % 8)
         return bits
 
     @property
@@ -88,7 +96,7 @@ class _Matcher:
         return self._matcher.is_accepting()
 
     def _failed(self) -> EngineError:
-        return EngineError("grammar_failed", f"The grammar cannot be followed further: {_reason(self._matcher)}.")
+        return EngineError("grammar_failed", _reason(self._matcher))
 
 
 def _grammar(structured: StructuredOutput) -> str:
@@ -119,5 +127,5 @@ def _reason(matcher: llguidance.LLMatcher) -> str:
     """What llguidance says, without the parser's state that follows it."""
     said = matcher.get_error().split("<state>")[0].strip()
     if matcher.stop_reason() == "NoExtensionBias" or said == "NoExtensionBias":
-        return "it allows no text"
-    return said or str(matcher.stop_reason())
+        return "The grammar allows no text."
+    return f"The parser stopped: {said or matcher.stop_reason()}"

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from tokenmill.observer import LOADING
 from tokenmill.server.lifecycle import lifecycle_of
 from tokenmill.server.openapi import documented
 from tokenmill.server.service import service_of
@@ -17,7 +18,7 @@ ROUTER = APIRouter()
 async def startupz(request: Request) -> JSONResponse:
     """200 once the model has been loaded for the first time; until then 503 with how far it is."""
     state = service_of(request).llm.health()
-    starting = not lifecycle_of(request).loaded
+    starting = state.phase in LOADING
     content = {"status": "starting" if starting else "ok", "phase": state.phase, "percent": round(state.percent, 1)}
     return JSONResponse(content, 503 if starting else 200)
 
@@ -41,7 +42,7 @@ async def readyz(request: Request) -> JSONResponse:
     state = service_of(request).llm.health()
     if lifecycle_of(request).draining:
         status, reason = "draining", "The server is shutting down."
-    elif not lifecycle_of(request).loaded:
+    elif state.phase in LOADING:
         status, reason = "starting", f"The model is still loading ({state.phase}, {state.percent:.0f} %)."
     elif not state.ok:
         status, reason = ("hung" if state.hung else state.phase), state.reason
