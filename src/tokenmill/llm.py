@@ -13,13 +13,13 @@ import functools
 import itertools
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 
 from tokenmill.calls import Call, Mailbox
 from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.crash import NO_REPORTS, Reports
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.events import Event
 from tokenmill.engine.executor import LocalExecutor, Progress
@@ -195,19 +195,19 @@ class AsyncLLM:
     hand loads nothing before `load`, and can be asked for its `health` meanwhile.
 
     Args:
-        crash_dir: folder of the reports about crashes of the engine; None writes none.
+        reports: where crashes of the engine are written down.
     """
 
     tokenizer: Tokenizer
     """There once the model is loaded."""
 
-    def __init__(self, config: EngineConfig, observer: Observer = NO_OBSERVER, crash_dir: Path | None = None) -> None:
+    def __init__(self, config: EngineConfig, observer: Observer = NO_OBSERVER, reports: Reports = NO_REPORTS) -> None:
         from tokenmill.engine.supervisor import Supervisor  # and with it zmq, which only this needs
 
         self.config = config
         self._observer = observer
         self._grammars = Grammars(config)
-        self._engine = Supervisor(config, self._on_report, self._on_death, crash_dir)
+        self._engine = Supervisor(config, self._on_report, self._on_death, reports)
         self._calls: dict[str, Mailbox] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._numbers = itertools.count()
@@ -217,14 +217,14 @@ class AsyncLLM:
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, observer: Observer = NO_OBSERVER, crash_dir: Path | None = None
+        cls, config: EngineConfig, observer: Observer = NO_OBSERVER, reports: Reports = NO_REPORTS
     ) -> AsyncLLM:
         """Starts the engine process and waits until the model is loaded.
 
         Raises:
             ModelError, ConfigError, EngineError: whatever kept the engine from starting.
         """
-        llm = cls(config, observer, crash_dir)
+        llm = cls(config, observer, reports)
         await llm.load()
         return llm
 

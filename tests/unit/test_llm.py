@@ -12,6 +12,7 @@ import pytest
 
 from tokenmill.config import build
 from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.crash import NO_REPORTS, Reports
 from tokenmill.errors import EngineError, ModelError, RequestError, UnavailableError
 from tokenmill.llm import LLM, AsyncLLM
 from tokenmill.types import FinishReason, PoolingParams, SamplingParams
@@ -130,7 +131,8 @@ def test_a_model_that_is_not_there():
 
 @contextlib.asynccontextmanager
 async def started(path, crash_dir=None, **options):
-    llm = await AsyncLLM.start(build(EngineConfig, {"model": {"model": str(path)}, **options}), crash_dir=crash_dir)
+    reports = Reports(crash_dir, 20) if crash_dir else NO_REPORTS
+    llm = await AsyncLLM.start(build(EngineConfig, {"model": {"model": str(path)}, **options}), reports=reports)
     try:
         yield llm
     finally:

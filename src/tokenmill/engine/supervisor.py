@@ -13,11 +13,10 @@ import enum
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from tokenmill.engine.client import EngineClient
 from tokenmill.engine.config import EngineConfig
-from tokenmill.engine.crash import ending, write_report
+from tokenmill.engine.crash import Reports, ending
 from tokenmill.engine.events import Event
 from tokenmill.engine.messages import Refused, Step
 from tokenmill.errors import EngineError, TokenmillError, UnavailableError
@@ -60,7 +59,7 @@ class Supervisor:
     Args:
         on_report: told of every step and refusal, in order.
         on_death: told when a process ended unasked; its open requests are lost.
-        crash_dir: folder of crash reports; None writes none.
+        reports: where crashes are written down.
 
     Attributes:
         percent: how much of the weights is loaded.
@@ -73,12 +72,12 @@ class Supervisor:
         config: EngineConfig,
         on_report: Callable[[Step | Refused], None],
         on_death: Callable[[EngineError], None],
-        crash_dir: Path | None,
+        reports: Reports,
     ) -> None:
         self._config = config
         self._on_report = on_report
         self._on_death = on_death
-        self._crash_dir = crash_dir
+        self._reports = reports
         self._client: EngineClient | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._open: dict[str, _Open] = {}
@@ -172,16 +171,16 @@ class Supervisor:
         self._back_at = time.monotonic() + self._load_s
         self._on_death(EngineError("engine_died", self.reason))
         _logger.error("%s %d requests were lost.", self.reason, len(lost))
-        if self._crash_dir is not None:
-            requests = {name: dataclasses.asdict(request) for name, request in lost.items()}
-            try:
-                file = await asyncio.to_thread(
-                    write_report, self._crash_dir, client.folder, reason=self.reason, status=status,
-                    config=self._config, stats=self.stats, requests=requests,
-                )  # fmt: skip
+        requests = {name: dataclasses.asdict(request) for name, request in lost.items()}
+        try:
+            file = await asyncio.to_thread(
+                self._reports.write, client.folder, reason=self.reason, status=status, config=self._config,
+                stats=self.stats, requests=requests,
+            )  # fmt: skip
+            if file is not None:
                 _logger.error("what is known about it is in %s", file)
-            except OSError as error:
-                _logger.error("the crash report could not be written: %s", error)
+        except OSError as error:
+            _logger.error("the crash report could not be written: %s", error)
         await client.close()
 
     def _report(self, report: Step | Refused) -> None:

@@ -12,7 +12,6 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -26,6 +25,7 @@ from starlette.responses import Response
 
 import tokenmill
 from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.crash import Reports
 from tokenmill.errors import MissingDependencyError, RequestError, TokenmillError
 from tokenmill.llm import AsyncLLM
 from tokenmill.registry import Registry
@@ -205,8 +205,8 @@ async def _serve(
     more: Sequence[socket.socket] = (),
 ) -> int:
     metrics = Metrics(config.served_model_name[0], engine_config, config.observe)
-    crash_dir = Path(config.crash_dir).expanduser() if config.crash_dir else None
-    llm = AsyncLLM(engine_config, metrics, crash_dir)
+    reports = Reports(state_folder(config.store) / "crashes", config.crash_reports)
+    llm = AsyncLLM(engine_config, metrics, reports)
     app = create_app(llm, config, metrics, tenants)
     life: Lifecycle = app.state.lifecycle
     server = Server(app, config)

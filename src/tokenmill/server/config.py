@@ -114,8 +114,8 @@ class ServerConfig:
     write_timeout_s: float = option(60.0, "a client that reads nothing for this long is cut off", low=0.1)
     keep_alive_s: int = option(75, "how long an idle connection stays open; more than the load balancer's", low=1)
     drain_timeout_s: float = option(30.0, "how long running requests may go on after SIGTERM", low=0)
-    crash_dir: str = option(
-        "~/.local/state/tokenmill/crashes", "folder for reports about crashes of the engine; empty writes none"
+    crash_reports: int = option(
+        20, "reports about crashes of the engine that are kept in the state folder; 0 writes none", low=0
     )
     observe: ObserveConfig = dataclasses.field(default_factory=ObserveConfig)
     filters: FilterConfig = dataclasses.field(default_factory=FilterConfig)

@@ -4,7 +4,7 @@ import json
 import os
 
 from tokenmill.engine.config import EngineConfig
-from tokenmill.engine.crash import STACKS, ending, write_report
+from tokenmill.engine.crash import NO_REPORTS, STACKS, Reports, ending
 from tokenmill.engine.events import EventLog
 from tokenmill.engine.journal import Journal, read_journal
 from tokenmill.types import EngineStats
@@ -62,11 +62,16 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     assert names(read_journal(tmp_path)) == ["r0", "r1"]
 
 
-def report(folder, engine):
-    return write_report(
-        folder, engine, reason="It died.", status=-9, config=EngineConfig(), stats=EngineStats(running=2),
+def report(folder, engine, reports=None):
+    return (reports or Reports(folder, 20)).write(
+        engine, reason="It died.", status=-9, config=EngineConfig(), stats=EngineStats(running=2),
         requests={"a": {"prompt_tokens": 3, "generated_tokens": 4}},
     )  # fmt: skip
+
+
+def test_where_none_are_kept_none_is_written(tmp_path):
+    assert report(tmp_path, tmp_path, NO_REPORTS) is None
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_report_says_how_it_ended_and_what_was_going_on(tmp_path):
