@@ -146,7 +146,13 @@ def _after_thoughts(structured: StructuredOutput, dialects: Chain, added_id: Add
     elif structured.choice is not None:
         answer = " | ".join(map(lark_text, structured.choice))
     else:
-        answer = lark_json(json.loads(structured.json_schema or '{"type": "object"}'))
+        try:
+            schema = json.loads(structured.json_schema or '{"type": "object"}')
+        except ValueError:
+            schema = None
+        if not isinstance(schema, dict):
+            return structured  # is refused where grammars are compiled, with the reason
+        answer = lark_json(schema)
     rules = dialects.reasoning_grammar(tail, added_id)
     return StructuredOutput(grammar=f"start: reasoning answer\n{rules}answer: {answer}\n")
 

@@ -104,6 +104,9 @@ class Service:
         except TokenmillError as error:
             tally.error_code = error.code
             raise
+        except Exception:
+            tally.error_code = "internal_error"
+            raise
         finally:
             outcome = tally.outcome(time.monotonic() - arrival)
             for interceptor in reversed(entered):

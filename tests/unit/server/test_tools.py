@@ -136,6 +136,8 @@ async def test_thoughts_may_come_before_an_answer_in_form(http: httpx2.AsyncClie
         grammar = llm.calls[-1].params.structured.grammar
         assert grammar.startswith("start: reasoning answer\n")
     assert "a\\/b" in llm.calls[1].params.structured.grammar
+    await http.post("/v1/chat/completions", json=ASK | {"guided_json": "{"})
+    assert llm.calls[-1].params.structured == StructuredOutput(json_schema="{")  # which the engine's side refuses
 
 
 async def test_the_official_client_parses_an_answer_in_form(client: openai.AsyncOpenAI, llm: Any) -> None:
