@@ -18,6 +18,7 @@ _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 _ALL = '{job=~"$job",model_name=~"$model",instance=~"$instance"}'
 _JOB = '{job=~"$job",instance=~"$instance"}'
 _GOALS = '{job=~"$job",model_name=~"$model"}'
+_GOOD = '{job=~"$job",instance=~"$instance",slo="all",met="true"}'
 _WIDTH = 24
 
 Panel = dict[str, Any]
@@ -98,7 +99,7 @@ def _rows() -> list[tuple[str, list[Panel]]]:
                 _stat("Saturation", "1: one more request would break a goal. Autoscaling follows it.", "percentunit",
                       f"avg (tokenmill:saturation_ratio{_JOB})", ("orange", 0.7), ("red", 0.9)),
                 _stat("Goodput", "Share of finished requests that met every goal.", "percentunit",
-                      f"{_rate('tokenmill:goodput_requests_total', labels=_JOB)} / {_rate(finished)}"),
+                      f"{_rate('tokenmill:goodput_requests_total', labels=_GOOD)} / {_rate(finished)}"),
                 _stat("Per million tokens", "Dollars for a million generated tokens, over the last hour.",
                       "currencyUSD", per_million.replace("{0}", _JOB).replace("{1}", generated)),
                 _stat("Engine restarts", "Crashes of engine processes in the last day.", "none",
@@ -119,7 +120,7 @@ def _rows() -> list[tuple[str, list[Panel]]]:
                        (_rate("tokenmill:requests_refused_total", "code", _JOB), "{{code}}"), stacked=True),
                 _lines("Goodput", "Requests that met every goal, beside all.", "reqps",
                        (_rate(finished), "finished"),
-                       (_rate("tokenmill:goodput_requests_total", labels=_JOB), "within goals")),
+                       (_rate("tokenmill:goodput_requests_total", labels=_GOOD), "within goals")),
                 _lines("Saturation, by replica", "1: one more request would break a goal.", "percentunit",
                        (f"tokenmill:saturation_ratio{_JOB}", "{{instance}}")),
             ],
@@ -219,7 +220,7 @@ def _rows() -> list[tuple[str, list[Panel]]]:
                        (per_million.replace("{0}", _JOB).replace("{1}", generated), "cost")),
                 _lines("Dollars per thousand requests within the goals", "What good answers cost.", "currencyUSD",
                        (f"1e3 * sum (increase(tokenmill:cost_dollars_total{_JOB}[1h])) / "
-                        f"sum (increase(tokenmill:goodput_requests_total{_JOB}[1h]))", "cost")),
+                        f"sum (increase(tokenmill:goodput_requests_total{_GOOD}[1h]))", "cost")),
             ],
         ),
     ]  # fmt: skip

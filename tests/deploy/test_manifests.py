@@ -14,7 +14,7 @@ import pytest
 import typer
 import yaml
 
-from tokenmill.cli.command import FILE_SECTIONS, build_all
+from tokenmill.cli.command import build_all
 from tokenmill.cli.main import COMMANDS, guarded
 from tokenmill.engine.config import EngineConfig
 from tokenmill.server.config import ServerConfig
@@ -23,12 +23,6 @@ DEPLOY = Path(generate.__file__).parent
 OVERLAYS = DEPLOY / "kustomize" / "overlays"
 CRDS = json.loads((Path(__file__).parent / "crds.json").read_text())
 KUBERNETES = kubernetes_validate.latest_version()
-
-FLAGS_TO_COME = {"--database", "--redis"}
-"""Flags of `tokenmill serve` that the manifests use and that are not there yet. Remove a flag when it lands."""
-
-SECTIONS_TO_COME = {"access"}
-"""Sections of the configuration that the manifests use and that are not there yet. Remove a section when it lands."""
 
 VARIANTS = {
     "defaults": (),
@@ -160,8 +154,7 @@ def test_the_grace_period_follows_from_the_other_settings(render, pause, drain):
 
 def _config(resources):
     (config,) = (each for each in resources if each["metadata"]["name"] == "tokenmill-config")
-    parts = re.split(r"^(?=\[)", config["data"]["tokenmill.toml"], flags=re.MULTILINE)
-    return "".join(part for part in parts if re.match(r"\[?(\w*)", part).group(1) not in SECTIONS_TO_COME)
+    return config["data"]["tokenmill.toml"]
 
 
 def _built(resources):
@@ -193,14 +186,9 @@ def test_every_flag_the_server_is_started_with_exists(render, flags):
     (server,) = _one(render(*flags), "Deployment")["spec"]["template"]["spec"]["containers"]
     command, *given = server["args"]
     assert command == "serve"
-    assert {each.partition("=")[0] for each in given} <= _flags_of_serve() | FLAGS_TO_COME
+    assert {each.partition("=")[0] for each in given} <= _flags_of_serve()
     expanded = {variable["name"] for variable in server.get("env", [])}
     assert set(re.findall(r"\$\((\w+)\)", " ".join(given))) == expanded
-
-
-def test_what_is_to_come_has_not_landed():
-    assert not FLAGS_TO_COME & _flags_of_serve(), "they have: take them out of FLAGS_TO_COME"
-    assert not SECTIONS_TO_COME & FILE_SECTIONS, "they have: take them out of SECTIONS_TO_COME"
 
 
 @_named(VARIANTS)

@@ -49,14 +49,25 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a server whose model is as fast as a model can be."""
     folder = random_model(Path(tmp_path_factory.mktemp("tiny")))
     with running_server(
-        str(folder), "--served-model-name", "tiny", "--max-model-len", "64", "--max-body-mib", "2", "--threads", "1"
+        str(folder),
+        "--served-model-name",
+        "tiny",
+        "--max-model-len",
+        "64",
+        "--max-body-mib",
+        "2",
+        "--threads",
+        "1",
+        "--log-level",
+        "error",
     ) as server:
         yield server.url
 
 
 def test_documented_requests_get_documented_answers(tiny: str, pytestconfig: pytest.Config) -> None:
     document = schemathesis.openapi.from_url(f"{tiny}/openapi.json")
-    operations = [found.ok() for found in document.get_all_operations()]
+    found = [operation.ok() for operation in document.get_all_operations()]
+    operations = [operation for operation in found if operation.path != "/admin/drain"]  # which does as it says
     assert "/v1/chat/completions" in {operation.path for operation in operations}
     for operation in operations:
         sent = 0

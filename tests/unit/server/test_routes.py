@@ -60,7 +60,7 @@ async def test_health(http: httpx2.AsyncClient, app: FastAPI, llm: Any) -> None:
         (Health(False, "", 0.0, 0, 0, phase="weights", percent=41.26), 503, 200, (503, "starting")),
         (Health(False, "It died.", 0.0, 0, 0, phase="restarting"), 200, 200, (503, "restarting")),
         (Health(False, "No step.", 99.0, 1, 0, hung=True), 200, 503, (503, "hung")),
-        (Health(True, "", 0.0, 8, 9, full=True), 200, 200, (503, "saturated")),
+        (Health(True, "", 0.0, 8, 9, full=True), 200, 200, (200, "saturated")),
     ],
     ids=["ready", "loading", "restarting", "hung", "saturated"],
 )

@@ -38,7 +38,11 @@ async def livez(request: Request) -> JSONResponse:
 
 @ROUTER.get("/readyz", **documented(None, 503))
 async def readyz(request: Request) -> JSONResponse:
-    """200 while a new request would be taken; 503 with the reason otherwise."""
+    """200 while requests are to be sent here; 503 with the reason otherwise.
+
+    A server whose queue is full says so and stays ready: were all of them to leave the load balancer at once, clients
+    would find nobody instead of a 429 that tells them when to come back.
+    """
     state = service_of(request).llm.health()
     if lifecycle_of(request).draining:
         status, reason = "draining", "The server is shutting down."
@@ -50,7 +54,7 @@ async def readyz(request: Request) -> JSONResponse:
         status, reason = "saturated", f"{state.waiting} requests wait; more are refused."
     else:
         status, reason = "ok", ""
-    return JSONResponse({"status": status, "reason": reason}, 200 if status == "ok" else 503)
+    return JSONResponse({"status": status, "reason": reason}, 200 if status in ("ok", "saturated") else 503)
 
 
 @ROUTER.get("/health", **documented(None, 503))
