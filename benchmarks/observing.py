@@ -22,10 +22,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from tokenmill.server.call import Call, Outcome
 from tokenmill.server.config import FilterConfig
 from tokenmill.server.filters.pii import FILTER
-from tokenmill.server.logs import Formatter, request_line
-from tokenmill.server.metrics import Metrics
-from tokenmill.server.record import Record
-from tokenmill.server.tracing import Tracing
+from tokenmill.server.observability.logs import Formatter, request_line
+from tokenmill.server.observability.metrics import Metrics
+from tokenmill.server.observability.record import Record
+from tokenmill.server.observability.tracing import Tracing
 from tokenmill.types import FinishReason, RequestStats, SamplingParams
 
 REQUESTS = 2_000

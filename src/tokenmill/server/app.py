@@ -29,28 +29,28 @@ from tokenmill.engine.crash import Reports
 from tokenmill.errors import MissingDependencyError, RequestError, TokenmillError
 from tokenmill.llm import AsyncLLM
 from tokenmill.registry import Registry
-from tokenmill.server.backlog import Backlog
+from tokenmill.server.batch.backlog import Backlog
+from tokenmill.server.batch.loopback import Loopback
 from tokenmill.server.call import Interceptor
 from tokenmill.server.config import SCORERS, ObserveConfig, ServerConfig
-from tokenmill.server.connection import Connection
-from tokenmill.server.conversations import Conversations
+from tokenmill.server.connections.connection import Connection
+from tokenmill.server.connections.listener import address_of, bind, load_tls, tls_options
+from tokenmill.server.conversation.conversations import Conversations
 from tokenmill.server.errors import response_of
 from tokenmill.server.filter import FilterChain
 from tokenmill.server.lifecycle import Lifecycle
-from tokenmill.server.listener import address_of, bind, load_tls, tls_options
-from tokenmill.server.logs import RequestLog, configure
-from tokenmill.server.loopback import Loopback
-from tokenmill.server.metrics import Metrics
 from tokenmill.server.middleware.access import Access
 from tokenmill.server.middleware.body_limit import BodyLimit
 from tokenmill.server.middleware.request_id import RequestId
 from tokenmill.server.middleware.startup import Startup
 from tokenmill.server.middleware.watch import Watch
+from tokenmill.server.observability.logs import RequestLog, configure
+from tokenmill.server.observability.metrics import Metrics
 from tokenmill.server.openapi import describe
 from tokenmill.server.service import Service
 from tokenmill.server.state import State
-from tokenmill.server.store import state_folder
-from tokenmill.server.tenants import Tenants, tenants_opened
+from tokenmill.server.tenancy.store import state_folder
+from tokenmill.server.tenancy.tenants import Tenants, tenants_opened
 from tokenmill.text.dialect import choose
 
 __all__ = ["Server", "create_app", "serve"]
@@ -132,7 +132,10 @@ def _tracers(llm: AsyncLLM, config: ObserveConfig) -> Iterator[Interceptor]:
     """The interceptor that makes traces, if there is somewhere to send them."""
     if config.otlp_endpoint:
         try:
-            from tokenmill.server.tracing import Tracing, export_to  # and with it opentelemetry, which only this needs
+            from tokenmill.server.observability.tracing import (  # and with it opentelemetry, which only this needs
+                Tracing,
+                export_to,
+            )
         except ModuleNotFoundError as error:
             raise MissingDependencyError(error.name or "opentelemetry", "The option otlp_endpoint", "otel") from error
         yield Tracing(export_to(config.otlp_endpoint), llm.events)

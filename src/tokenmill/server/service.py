@@ -17,7 +17,7 @@ from tokenmill.llm import AsyncLLM
 from tokenmill.prompt import tokenize
 from tokenmill.server.call import Call, Interceptor, Tally
 from tokenmill.server.filter import FilterChain
-from tokenmill.server.metrics import Metrics
+from tokenmill.server.observability.metrics import Metrics
 from tokenmill.text.dialect import Chain, choose
 from tokenmill.types import RequestOutput
 

@@ -22,8 +22,8 @@ from tokenmill.engine.events import Event
 from tokenmill.llm import Health
 from tokenmill.server.app import Server, create_app
 from tokenmill.server.config import ServerConfig, StoreConfig
-from tokenmill.server.listener import address_of, bind
-from tokenmill.server.metrics import Metrics
+from tokenmill.server.connections.listener import address_of, bind
+from tokenmill.server.observability.metrics import Metrics
 from tokenmill.text.tokenizer import Tokenizer
 from tokenmill.types import (
     CompletionOutput,

@@ -14,12 +14,12 @@ from fastapi import FastAPI
 
 from tokenmill.server.app import create_app
 from tokenmill.server.config import AccessConfig, ServerConfig, StoreConfig
-from tokenmill.server.keys import Key, Keyring, Keys, KeySpec
-from tokenmill.server.metrics import Metrics
 from tokenmill.server.middleware.access import scope_of
+from tokenmill.server.observability.metrics import Metrics
 from tokenmill.server.principal import SCOPES
-from tokenmill.server.store import Store
-from tokenmill.server.tenants import Tenants
+from tokenmill.server.tenancy.keys import Key, Keyring, Keys, KeySpec
+from tokenmill.server.tenancy.store import Store
+from tokenmill.server.tenancy.tenants import Tenants
 
 OPEN = {"/health", "/livez", "/readyz", "/startupz"}
 

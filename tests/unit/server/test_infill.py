@@ -10,7 +10,7 @@ import pytest
 
 from tokenmill.server.app import create_app
 from tokenmill.server.config import ServerConfig
-from tokenmill.server.metrics import Metrics
+from tokenmill.server.observability.metrics import Metrics
 from tokenmill.text.tokenizer import Tokenizer
 
 MARKS = ["<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<|endoftext|>"]

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from tokenmill.llm import Health
 from tokenmill.server.app import ROUTES, create_app
 from tokenmill.server.config import ServerConfig
-from tokenmill.server.metrics import Metrics
+from tokenmill.server.observability.metrics import Metrics
 
 
 async def test_models(client: openai.AsyncOpenAI) -> None:

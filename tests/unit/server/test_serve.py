@@ -15,7 +15,7 @@ from tokenmill.errors import ConfigError, ModelError
 from tokenmill.observer import Health
 from tokenmill.server import app as server_app
 from tokenmill.server.config import ServerConfig
-from tokenmill.server.listener import address_of, bind
+from tokenmill.server.connections.listener import address_of, bind
 
 CONFIG = ServerConfig(port=0, served_model_name=("scripted",))
 

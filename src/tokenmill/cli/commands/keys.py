@@ -51,8 +51,8 @@ def run(
         what = "a name" if action == "create" else "the id of a key"
         raise ConfigError("missing_argument", f"`tokenmill keys {action}` needs {what}.", "which")
     try:
-        from tokenmill.server.keys import Keys, KeySpec, limits_of
-        from tokenmill.server.store import Store
+        from tokenmill.server.tenancy.keys import Keys, KeySpec, limits_of
+        from tokenmill.server.tenancy.store import Store
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("tokenmill"):
             raise

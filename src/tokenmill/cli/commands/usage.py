@@ -40,8 +40,8 @@ def run(
     if sum((as_json, csv is not None, parquet is not None)) > 1:
         raise ConfigError("invalid_option", "Choose one of --json, --csv and --parquet.", "json")
     try:
-        from tokenmill.server import usage
-        from tokenmill.server.store import Store
+        from tokenmill.server.tenancy import usage
+        from tokenmill.server.tenancy.store import Store
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("tokenmill"):
             raise

@@ -6,9 +6,9 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tokenmill.server.logs import request_line
-from tokenmill.server.metrics import Metrics
-from tokenmill.server.record import Record, enter, leave
+from tokenmill.server.observability.logs import request_line
+from tokenmill.server.observability.metrics import Metrics
+from tokenmill.server.observability.record import Record, enter, leave
 
 __all__ = ["Watch"]
 

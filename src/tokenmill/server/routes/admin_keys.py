@@ -13,9 +13,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tokenmill.errors import RequestError
-from tokenmill.server.keys import Keyring, KeySpec, limits_of
 from tokenmill.server.openapi import documented
 from tokenmill.server.schemas.request import Int, Strict, parse
+from tokenmill.server.tenancy.keys import Keyring, KeySpec, limits_of
 from tokenmill.types import JSON
 
 ROUTER = APIRouter()

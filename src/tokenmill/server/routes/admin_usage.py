@@ -11,8 +11,8 @@ from starlette.responses import Response
 
 from tokenmill.errors import RequestError
 from tokenmill.server.openapi import documented
-from tokenmill.server.store import Store
-from tokenmill.server.usage import rows
+from tokenmill.server.tenancy.store import Store
+from tokenmill.server.tenancy.usage import rows
 
 ROUTER = APIRouter()
 

@@ -10,7 +10,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from starlette.requests import Request
 
-from tokenmill.server.backlog import backlog_of
+from tokenmill.server.batch.backlog import backlog_of
 from tokenmill.server.lists import listed
 from tokenmill.server.openapi import documented
 from tokenmill.server.principal import principal_of

@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tokenmill.server.call import Call, call_of
-from tokenmill.server.conversations import cache_report
-from tokenmill.server.dialogue import Dialogue, begin
+from tokenmill.server.conversation.conversations import cache_report
+from tokenmill.server.conversation.dialogue import Dialogue, begin
 from tokenmill.server.generation import EventStream, Usage, check_output, last_outputs, until_disconnect
 from tokenmill.server.logprobs import chat_logprobs, prompt_logprobs
 from tokenmill.server.openapi import documented

@@ -15,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse
 
 from tokenmill.errors import RequestError
-from tokenmill.server.backlog import backlog_of
-from tokenmill.server.files import BATCH_FILES_KEPT_S
+from tokenmill.server.batch.backlog import backlog_of
+from tokenmill.server.batch.files import BATCH_FILES_KEPT_S
 from tokenmill.server.lists import listed
 from tokenmill.server.openapi import documented
 from tokenmill.server.principal import principal_of

@@ -17,8 +17,8 @@ from starlette.responses import Response
 
 from tokenmill.errors import TokenmillError
 from tokenmill.server.call import call_of
-from tokenmill.server.conversations import cache_report
-from tokenmill.server.dialogue import Dialogue, begin
+from tokenmill.server.conversation.conversations import cache_report
+from tokenmill.server.conversation.dialogue import Dialogue, begin
 from tokenmill.server.errors import anthropic_body_of
 from tokenmill.server.generation import EventStream, check_output, last_outputs, until_disconnect
 from tokenmill.server.openapi import documented

@@ -17,18 +17,18 @@ from fastapi import APIRouter, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tokenmill.server.backlog import backlog_of
+from tokenmill.server.batch.backlog import backlog_of
 from tokenmill.server.call import call_of
-from tokenmill.server.compaction import Compaction, compact, extract, steps_of
-from tokenmill.server.conversations import cache_report
-from tokenmill.server.dialogue import Dialogue, begin
+from tokenmill.server.conversation.compaction import Compaction, compact, extract, steps_of
+from tokenmill.server.conversation.conversations import cache_report
+from tokenmill.server.conversation.dialogue import Dialogue, begin
+from tokenmill.server.conversation.items import messages_of, normalized
+from tokenmill.server.conversation.response_events import ResponseWriter
+from tokenmill.server.conversation.responses import Making
 from tokenmill.server.generation import EventStream, last_outputs, until_disconnect
-from tokenmill.server.items import messages_of, normalized
 from tokenmill.server.lists import listed
 from tokenmill.server.openapi import documented
 from tokenmill.server.principal import principal_of
-from tokenmill.server.response_events import ResponseWriter
-from tokenmill.server.responses import Making
 from tokenmill.server.schemas.request import parse
 from tokenmill.server.schemas.responses import CompactRequest, ResponsesRequest
 from tokenmill.server.service import Service, service_of

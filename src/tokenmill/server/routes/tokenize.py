@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tokenmill.errors import RequestError
-from tokenmill.server.dialogue import begin
+from tokenmill.server.conversation.dialogue import begin
 from tokenmill.server.openapi import documented
 from tokenmill.server.schemas.chat import ChatRequest
 from tokenmill.server.schemas.request import parse

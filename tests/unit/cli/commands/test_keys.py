@@ -6,8 +6,8 @@ import pytest
 
 from tokenmill.cli import main as cli
 from tokenmill.server.config import StoreConfig
-from tokenmill.server.keys import Keyring, Keys
-from tokenmill.server.store import Store
+from tokenmill.server.tenancy.keys import Keyring, Keys
+from tokenmill.server.tenancy.store import Store
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 
 from tokenmill.cli import main as cli
 from tokenmill.server.config import StoreConfig
-from tokenmill.server.ledger import Entry
-from tokenmill.server.store import USAGE, Store
+from tokenmill.server.tenancy.ledger import Entry
+from tokenmill.server.tenancy.store import USAGE, Store
 
 
 @pytest.fixture
