@@ -42,10 +42,10 @@ def test_the_model_may_stand_alone(served):
 def test_without_the_server_s_packages_it_says_what_to_install(monkeypatch, capsys):
     real = builtins.__import__
 
-    def without_fastapi(name, *rest):
+    def without_fastapi(name, *rest, **more):
         if name == "tokenmill.server.app":
             raise ModuleNotFoundError("No module named 'fastapi'", name="fastapi")
-        return real(name, *rest)
+        return real(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without_fastapi)
     assert _serve() == 1

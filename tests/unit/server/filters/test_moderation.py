@@ -31,7 +31,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         text = json.loads(self.rfile.read(int(self.headers["content-length"])))["input"]
         self.server.texts.append(text)
-        self.server.tenancy.keys.append(self.headers["authorization"])
+        self.server.keys.append(self.headers["authorization"])
         flagged = json.dumps({"results": [{"flagged": "bad" in text}]}).encode()
         status, body = self.server.answer or (200, flagged)
         self.send_response(status)
