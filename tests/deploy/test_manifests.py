@@ -175,7 +175,7 @@ def test_the_server_takes_the_configuration(render, flags):
     built = _built(resources)
     assert built["server"].host == "0.0.0.0"
     for section, options in sections.items():
-        owner = {"server": built["server"], "engine": built["engine"]}.get(section) or getattr(built["engine"], section)
+        owner = built.get(section) or next(getattr(each, section) for each in built.values() if hasattr(each, section))
         assert {key: getattr(owner, key) for key in options} == {
             key: tuple(value) if isinstance(value, list) else value for key, value in options.items()
         }

@@ -40,7 +40,7 @@ def collector():
 
 
 def test_a_crash_tells_nothing_that_people_wrote(tmp_path):
-    flags = ("--log-format", "json", "--log-level", "debug", "--crash-dir", str(tmp_path / "crashes"))
+    flags = ("--log-format", "json", "--log-level", "debug", "--state", str(tmp_path))
     body = {"prompt": f"{MARK} {MARK}", "max_tokens": 200, "ignore_eos": True, "stream": True}
     with (tmp_path / "log").open("w+") as log:
         with running_server("demo", *flags, stderr=log) as server, httpx2.Client(base_url=server.url) as http:
