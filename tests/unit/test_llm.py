@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 
 import pytest
@@ -214,6 +215,26 @@ async def until_ready(llm):
     async with asyncio.timeout(60):
         while not llm.health().ok:
             await asyncio.sleep(0.01)
+
+
+async def test_a_crash_is_written_down_although_the_server_ends_at_once(tiny_model_path, tmp_path):
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Reports):
+        def write(self, *arguments, **more):
+            begun.set()
+            go_on.wait(20)
+            return super().write(*arguments, **more)
+
+    engine = await AsyncLLM.start(config(tiny_model_path), reports=Slow(tmp_path, 20))
+    os.kill(engine._engine._client.pid, signal.SIGKILL)
+    await asyncio.to_thread(begun.wait, 20)
+    closing = asyncio.create_task(engine.close())
+    await asyncio.sleep(0)  # it has begun
+    go_on.set()
+    await closing
+    [report] = tmp_path.iterdir()
+    assert "SIGKILL" in report.read_text()
 
 
 async def test_the_death_of_the_engine_reaches_every_request_and_it_comes_back(tiny_model_path, tmp_path):

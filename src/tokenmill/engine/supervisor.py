@@ -171,6 +171,14 @@ class Supervisor:
         self._back_at = time.monotonic() + self._load_s
         self._on_death(EngineError("engine_died", self.reason))
         _logger.error("%s %d requests were lost.", self.reason, len(lost))
+        writing = asyncio.ensure_future(self._write_down(client, status, lost))
+        try:
+            await asyncio.shield(writing)
+        finally:  # a server that is asked to end meanwhile still leaves the report
+            await writing
+        await client.close()
+
+    async def _write_down(self, client: EngineClient, status: int, lost: dict[str, _Open]) -> None:
         requests = {name: dataclasses.asdict(request) for name, request in lost.items()}
         try:
             file = await asyncio.to_thread(
@@ -181,7 +189,6 @@ class Supervisor:
                 _logger.error("what is known about it is in %s", file)
         except OSError as error:
             _logger.error("the crash report could not be written: %s", error)
-        await client.close()
 
     def _report(self, report: Step | Refused) -> None:
         if isinstance(report, Refused):
