@@ -230,7 +230,8 @@ async def test_a_crash_is_written_down_although_the_server_ends_at_once(tiny_mod
     os.kill(engine._engine._client.pid, signal.SIGKILL)
     await asyncio.to_thread(begun.wait, 20)
     closing = asyncio.create_task(engine.close())
-    await asyncio.sleep(0)  # it has begun
+    ended, _ = await asyncio.wait((closing,), timeout=2)
+    assert not ended, "it does not wait for the report"
     go_on.set()
     await closing
     [report] = tmp_path.iterdir()
