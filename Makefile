@@ -35,7 +35,7 @@ check: $(STAMP)  ## format, lint, types, import contracts, tests: what must pass
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
 
-fuzz: $(STAMP)  ## send 10,000 broken bodies and 2,500 documented requests to a server
+fuzz: $(STAMP)  ## send 10,000 broken bodies and 2,000 documented requests and more to a server
 	@$(BIN)/python -m pytest -n0 --cases 10000 --timeout 3000 tests/e2e/test_fuzz.py
 
 sanitize: $(STAMP)  ## run the tests of the native kernels under the address and undefined-behaviour sanitizers
