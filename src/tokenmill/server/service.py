@@ -7,8 +7,8 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import AsyncGenerator
-from typing import cast
+from collections.abc import AsyncGenerator, Callable
+from typing import TypeVar, cast
 
 from starlette.requests import Request
 
@@ -21,10 +21,12 @@ from tokenmill.server.observability.metrics import Metrics
 from tokenmill.text.dialect import Chain, choose
 from tokenmill.types import RequestOutput
 
-__all__ = ["Service", "service_of"]
+__all__ = ["Service", "aside", "service_of"]
 
-_LONG_PROMPT = 4096
-"""Characters beyond which a prompt is turned into tokens on a thread: the event loop serves others meanwhile."""
+T = TypeVar("T")
+
+_LONG = 4096
+"""Characters of text beyond which work on it is done on a thread: the event loop serves others meanwhile."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +115,13 @@ class Service:
                 interceptor.end(call, outcome)
 
     async def _tokens(self, call: Call) -> list[int]:
-        prompt = call.prompt
-        if isinstance(prompt, str) and len(prompt) > _LONG_PROMPT:
-            return await asyncio.to_thread(tokenize, self.llm.tokenizer, prompt)
-        return tokenize(self.llm.tokenizer, prompt)
+        length = len(call.prompt) if isinstance(call.prompt, str) else 0
+        return await aside(length, lambda: tokenize(self.llm.tokenizer, call.prompt))
+
+
+async def aside(length: int, work: Callable[[], T]) -> T:
+    """Does `work` on a text of `length` characters: here when it is short, on a thread when it is long."""
+    return await asyncio.to_thread(work) if length > _LONG else work()
 
 
 def service_of(request: Request) -> Service:

@@ -299,6 +299,12 @@ async def client(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
 
 
 @pytest.fixture
+def as_key(url: str) -> Callable[[str], openai.AsyncOpenAI]:
+    """The official client with a key."""
+    return lambda key: openai.AsyncOpenAI(base_url=url + "/v1", api_key=key, max_retries=0)
+
+
+@pytest.fixture
 def chat_body() -> Callable[..., dict[str, Any]]:
     def make(**fields: Any) -> dict[str, Any]:
         return {"model": "scripted", "messages": [{"role": "user", "content": "Hi"}], **fields}

@@ -7,17 +7,16 @@ answer becomes typed deltas.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from tokenmill.server.observability.record import current
-from tokenmill.server.service import Service
+from tokenmill.server.service import Service, aside
 from tokenmill.text.chat import render
 from tokenmill.text.dialect import (
     AddedId,
@@ -33,11 +32,6 @@ from tokenmill.text.dialect import (
 from tokenmill.types import JSON, SamplingParams, StructuredOutput
 
 __all__ = ["Dialogue", "begin"]
-
-T = TypeVar("T")
-
-_LONG = 4096
-"""Characters beyond which a conversation is rendered on a thread: the event loop serves others meanwhile."""
 
 _TAIL = 256
 """Characters of the prompt's end that the parsers look at: its last line tells whether thoughts are open already."""
@@ -125,7 +119,7 @@ async def begin(
         text = render(tokenizer, messages, callable_tools, add_generation_prompt, **(variables or {}))
         return text, tokenizer.encode(text, add_special_tokens=False)
 
-    text, token_ids = await _aside(sum(len(str(message.get("content"))) for message in messages), prepare)
+    text, token_ids = await aside(sum(len(str(message.get("content"))) for message in messages), prepare)
     tail = text[-_TAIL:]
     calls = dialects.grammar(tools, tool_choice, parallel, tokenizer.added_id, tail)
     if calls is not None:
@@ -155,7 +149,3 @@ def _after_thoughts(structured: StructuredOutput, dialects: Chain, added_id: Add
         answer = lark_json(schema)
     rules = dialects.reasoning_grammar(tail, added_id)
     return StructuredOutput(grammar=f"start: reasoning answer\n{rules}answer: {answer}\n")
-
-
-async def _aside(size: int, work: Callable[[], T]) -> T:
-    return await asyncio.to_thread(work) if size > _LONG else work()

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx2
@@ -340,11 +340,6 @@ class _Keys:
         key = dict(scope["headers"])[b"authorization"].decode().split()[1]
         scope["state"]["principal"] = Principal(key_id=key, priority=5, salt=f"salt of {key}")
         await self._app(scope, receive, send)
-
-
-@pytest.fixture
-def as_key(url: str) -> Callable[[str], openai.AsyncOpenAI]:
-    return lambda key: openai.AsyncOpenAI(base_url=url + "/v1", api_key=key, max_retries=0)
 
 
 @pytest.fixture

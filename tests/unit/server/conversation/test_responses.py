@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -584,11 +584,6 @@ class _Keys:
         key = dict(scope["headers"])[b"authorization"].decode().split()[1]
         scope["state"]["principal"] = Principal(key_id=key)
         await self._app(scope, receive, send)
-
-
-@pytest.fixture
-def as_key(url: str) -> Callable[[str], openai.AsyncOpenAI]:
-    return lambda key: openai.AsyncOpenAI(base_url=url + "/v1", api_key=key, max_retries=0)
 
 
 @pytest.fixture

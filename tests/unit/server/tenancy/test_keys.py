@@ -25,17 +25,6 @@ def clock():
     return Clock()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def store(request, tmp_path):
-    database = request.getfixturevalue("postgres_server").url if request.param == "postgresql" else ""
-    store = Store(StoreConfig(state=str(tmp_path), database=database))
-    store.migrate()
-    with store.writing() as connection:
-        connection.execute(sqlalchemy.delete(KEYS))
-    yield store
-    store.close()
-
-
 @pytest.fixture
 def keys(store, clock):
     return Keys(store, clock)

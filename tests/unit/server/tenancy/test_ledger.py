@@ -47,17 +47,6 @@ def wait_for(condition):
         waiting.wait(0.01)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def store(request, tmp_path):
-    database = request.getfixturevalue("postgres_server").url if request.param == "postgresql" else ""
-    store = Store(StoreConfig(state=str(tmp_path), database=database))
-    store.migrate()
-    with store.writing() as connection:
-        connection.execute(sqlalchemy.delete(USAGE))
-    yield store
-    store.close()
-
-
 @pytest.fixture
 def spill(tmp_path):
     return tmp_path / "waiting" / "usage.jsonl"
