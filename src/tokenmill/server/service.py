@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import AsyncGenerator, Callable
-from typing import TypeVar, cast
+from collections.abc import AsyncGenerator
+from typing import cast
 
 from starlette.requests import Request
 
 from tokenmill.errors import RequestError, TokenmillError
 from tokenmill.llm import AsyncLLM
 from tokenmill.prompt import tokenize
+from tokenmill.server.aside import aside
 from tokenmill.server.call import Call, Interceptor, Tally
 from tokenmill.server.filter import FilterChain
 from tokenmill.server.observability.metrics import Metrics
 from tokenmill.text.dialect import Chain, choose
 from tokenmill.types import RequestOutput
 
-__all__ = ["Service", "aside", "service_of"]
-
-T = TypeVar("T")
-
-_LONG = 4096
-"""Characters of text beyond which work on it is done on a thread: the event loop serves others meanwhile."""
+__all__ = ["Service", "service_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +112,6 @@ class Service:
     async def _tokens(self, call: Call) -> list[int]:
         length = len(call.prompt) if isinstance(call.prompt, str) else 0
         return await aside(length, lambda: tokenize(self.llm.tokenizer, call.prompt))
-
-
-async def aside(length: int, work: Callable[[], T]) -> T:
-    """Does `work` on a text of `length` characters: here when it is short, on a thread when it is long."""
-    return await asyncio.to_thread(work) if length > _LONG else work()
 
 
 def service_of(request: Request) -> Service:

@@ -15,8 +15,9 @@ from typing import Any
 
 import msgspec
 
+from tokenmill.server.aside import aside
 from tokenmill.server.observability.record import current
-from tokenmill.server.service import Service, aside
+from tokenmill.server.service import Service
 from tokenmill.text.chat import render
 from tokenmill.text.dialect import (
     AddedId,

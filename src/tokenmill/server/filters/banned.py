@@ -6,21 +6,18 @@ beginning ignores case); empty lines and those that begin with ``#`` are skipped
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
 import regex
 
 from tokenmill.errors import ConfigError
+from tokenmill.server.aside import aside
 from tokenmill.server.config import FilterConfig
 from tokenmill.server.filter import Blocked, Filter, TextFilter, refusal
 from tokenmill.server.scan import Pattern, Scanner
 
 __all__ = ["FILTER"]
-
-_LONG = 4096
-"""Characters beyond which a text is searched on a thread: the event loop serves others meanwhile."""
 
 _TIMEOUT_S = 2.0
 """For one search. An expression that takes longer counts as found: what cannot be checked does not pass."""
@@ -57,7 +54,7 @@ class _Banned(Filter):
         self._patterns = patterns
 
     async def text(self, text: str) -> str:
-        found = await asyncio.to_thread(self._holds, text) if len(text) > _LONG else self._holds(text)
+        found = await aside(len(text), lambda: self._holds(text))
         if found:
             raise refusal("banned", "it holds a banned pattern")
         return text

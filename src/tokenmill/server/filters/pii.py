@@ -8,18 +8,15 @@ Source: https://www.iso.org/standard/70484.html (card numbers), https://www.iso.
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import re
 
+from tokenmill.server.aside import aside
 from tokenmill.server.config import FilterConfig
 from tokenmill.server.filter import Filter, TextFilter
 from tokenmill.server.scan import Pattern, Scanner, scan
 
 __all__ = ["FILTER"]
-
-_LONG = 4096
-"""Characters beyond which a text is searched on a thread: the event loop serves others meanwhile."""
 
 _TIMEOUT_S = 10.0
 
@@ -100,9 +97,7 @@ class _Redaction:
 
 class _Pii(Filter):
     async def text(self, text: str) -> str:
-        if len(text) > _LONG:
-            return await asyncio.to_thread(scan, text, _PATTERNS, _TIMEOUT_S)
-        return scan(text, _PATTERNS, _TIMEOUT_S)
+        return await aside(len(text), lambda: scan(text, _PATTERNS, _TIMEOUT_S))
 
     def stream(self) -> TextFilter:
         return _Redaction()
